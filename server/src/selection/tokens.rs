@@ -28,7 +28,8 @@ impl TokenLosses {
         if tokens == 0 || self.reference.dim != self.learner.dim {
             return None;
         }
-        let mut counted: Vec<(f64, usize)> = Vec::new();
+        // In one piece, and with no room to spare: bounds::MASKED_TOKENS_MAX is of this.
+        let mut counted: Vec<(f64, usize)> = Vec::with_capacity(rows.len() * tokens);
         for (place, row) in rows.iter().enumerate() {
             let [learner, reference] =
                 [of_row(&self.learner, *row)?, of_row(&self.reference, *row)?];

@@ -2,6 +2,7 @@
 //! them.
 pub use super::verifier::shape;
 use crate::{
+    bounds::MASKED_TOKENS_MAX,
     coordinator::{
         facts::run::ModelFact,
         score::scored::{Scored, other_file},
@@ -179,7 +180,7 @@ pub fn check_approximations(
 }
 
 /// Checks that learner and reference of each phase that chooses tokens give a loss for each of the
-/// same tokens.
+/// same tokens, and no more of them than are chosen from at once.
 ///
 /// # Errors
 /// `RunSpecImpossible`, naming the phase's field.
@@ -202,12 +203,31 @@ pub fn check_tokens(
             let message = format!("{field}: {problem} (docs/models.md)");
             return Err(Error::new(Reason::RunSpecImpossible, message).with("field", field));
         }
+        check_count_of_tokens(i, phase.sub_batch_size, tokens(learner))?;
     }
     Ok(())
 }
 
+fn check_count_of_tokens(i: usize, rows: u32, tokens: usize) -> Result<()> {
+    let count = u64::from(rows) * tokens as u64;
+    if count <= MASKED_TOKENS_MAX {
+        return Ok(());
+    }
+    let field = format!("phases[{i}].sub_batch_size");
+    let message = format!(
+        "{field} {rows} of {tokens} tokens each makes {count} tokens, of which a share is to be \
+         trained (token_share); at most {MASKED_TOKENS_MAX} are chosen from at once. Make \
+         sub_batch_size smaller"
+    );
+    Err(Error::new(Reason::RunSpecImpossible, message).with("field", field))
+}
+
+/// Returns how many losses of tokens a model gives of a row.
+fn tokens(model: &ModelFact) -> usize {
+    tokens_of(model.embedding_dim().unwrap_or_default() as usize)
+}
+
 fn other_tokens(learner: &ModelFact, reference: &ModelFact) -> Option<String> {
-    let tokens = |fact: &ModelFact| tokens_of(fact.embedding_dim().unwrap_or_default() as usize);
     let none = |which: &str| {
         format!(
             "the {which} gives one loss an example, none for each token; export it with \
@@ -326,6 +346,35 @@ mod tests {
             assert_eq!(error.value("field"), Some("phases[0].token_share"));
             assert!(error.to_string().contains(says), "{error}");
         }
+    }
+
+    #[test]
+    fn no_more_tokens_are_chosen_from_than_there_is_room_for() {
+        let model = ModelFact::from(PrepareModelResponse {
+            embedding_dim: 2 + 1024,
+            ..Default::default()
+        });
+        let check = |token_share, sub_batch_size| {
+            let phase = Phase {
+                token_share,
+                sub_batch_size,
+                ..Default::default()
+            };
+            let spec = RunSpec {
+                phases: vec![phase],
+                ..Default::default()
+            };
+            check_tokens(&spec, Some(&model), Some(&model))
+        };
+        check(Some(0.5), 1 << 14).unwrap();
+        check(None, 1 << 15).unwrap();
+        let error = check(Some(0.5), (1 << 14) + 1).unwrap_err();
+        assert_eq!(error.reason(), Reason::RunSpecImpossible);
+        assert_eq!(error.value("field"), Some("phases[0].sub_batch_size"));
+        assert!(
+            error.to_string().contains("16385 of 1024 tokens"),
+            "{error}"
+        );
     }
 
     #[test]
