@@ -48,6 +48,9 @@ pub(crate) const WORKERS_MAX: usize = 1 << 12;
 pub(crate) const TOKEN_BYTES_MAX: usize = 1 << 12;
 /// The largest embedding. Published encoders have 512 to 4,096 numbers.
 pub(crate) const EMBEDDING_DIM_MAX: u32 = 1 << 14;
+/// Tokens of the sub-batch of a phase that chooses tokens. The choice has 16 bytes for each while
+/// it is made, and its mask has one.
+pub(crate) const MASKED_TOKENS_MAX: u64 = 1 << 24;
 /// Tensors of a model.
 pub(crate) const TENSORS_MAX: usize = 1 << 16;
 /// Tensors whose digests are in one answer: with their names, no more than a message holds.

@@ -17,6 +17,10 @@ use superbatch_proto::v1::{self, EmbeddingDtype, Reason, SelectBegin, SelectResp
 /// The `model_type` of exported modules that give a loss an example, of images and of texts.
 pub(crate) const LOSSES_OF_IMAGES: &str = "losses_of_images";
 pub(crate) const LOSSES_OF_TEXTS: &str = "losses_of_texts";
+/// Those that give a loss for each token of the target. They have types of their own: a coordinator
+/// that knows of none would take the product of their embeddings for the loss, which it is not.
+pub(crate) const TOKEN_LOSSES_OF_IMAGES: &str = "token_losses_of_images";
+pub(crate) const TOKEN_LOSSES_OF_TEXTS: &str = "token_losses_of_texts";
 
 /// Embeddings in the dtype to which they were rounded: f16 or f32, row-major.
 #[derive(Debug, Clone)]

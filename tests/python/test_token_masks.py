@@ -2,6 +2,7 @@
 language model that gives a loss for each. Compared with the losses that PyTorch computes.
 """
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -156,13 +157,32 @@ def test_rows_that_workers_send_have_the_masks_of_the_coordinator(made, tmp_path
     folder, models, pins, ids = made
     with Cluster(tmp_path, workers=2, environment=allowing(pins)) as cluster:
         client, found = superbatch.connect(cluster.address), {}
-        for delivery in ("coordinator", "direct"):
+        for delivery in ("coordinator", "direct", "locators"):
             run = client.open_run(spec(folder, delivery, delivery=delivery))
             found[delivery] = masks(run.select(0, rank=0, world_size=1))
-        assert found["direct"] == found["coordinator"]
+        assert found["direct"] == found["coordinator"] == found["locators"]
         check_masks(found["direct"], [models["learner"], models["reference"]], ids)
         workers = cluster.workers
         assert sum(worker.metric("superbatch_direct_bytes_total") for worker in workers) > 0
+
+
+def test_a_step_with_masks_is_drawn_again_as_it_was(made, tmp_path):
+    folder, models, pins, _ = made
+    with Cluster(tmp_path, environment=allowing(pins)) as cluster:
+        run = superbatch.connect(cluster.address).open_run(spec(folder, "past"))
+        train(run, models["learner"])
+        was = run.receipt(2)
+    command = [str(BINARY), "replay", "past", "--step", "2", "--json"]
+    command += ["--state", str(tmp_path / "state")]
+    env = {**os.environ, **allowing(pins)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    now = json.loads(done.stdout)
+    # By the losses of examples, of which token losses are no part.
+    assert now["same_draw"] and now["losses_differ_by"] == 0
+    assert [row["row"] for row in now["rows"]] == [row.row for row in was.chosen]
+    measured = now["measured"]
+    assert measured["chosen"] == pytest.approx(was.summary.batch_score, abs=NEAR)
 
 
 def test_a_phase_without_a_share_has_no_masks(made, tmp_path):
@@ -204,6 +224,8 @@ def test_what_has_no_losses_of_tokens_is_refused(made, tmp_path):
     shown = subprocess.run(command, capture_output=True, text=True, env=env)
     assert shown.returncode == 0, shown.stderr
     assert f"of {LENGTH - 1} tokens" in shown.stdout
+    # A type of its own: a coordinator of an older build refuses it.
+    assert "token_losses_of_texts" in shown.stdout
 
 
 def test_a_model_that_gives_no_losses_of_tokens_is_not_exported(made, tmp_path):

@@ -2,10 +2,12 @@
 and their losses.
 """
 
+import io
 import json
 import pickle
 
 import numpy
+import pyarrow
 import pytest
 import superbatch
 import torch
@@ -41,6 +43,31 @@ def test_pixels_are_the_processors(folder):
     processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
     expected = processor(pictures(), return_tensors="pt")["pixel_values"]
     assert torch.equal(inputs(folder)["pixel_values"], expected)
+
+
+def test_columns_of_lists_of_one_length_are_tensors():
+    def batch(masks):
+        png = io.BytesIO()
+        pictures()[0].save(png, "PNG")
+        rows = {
+            "image": [png.getvalue()] * len(masks),
+            "caption": CAPTIONS[: len(masks)],
+            "_superbatch_weight": [1.0] * len(masks),
+            "_superbatch_token_mask": pyarrow.array(masks, pyarrow.list_(pyarrow.bool_())),
+        }
+        table = pyarrow.RecordBatch.from_pydict(rows)
+        return superbatch.Batch(table, {}, step=3, rank=0, world_size=1)
+
+    columns = ("_superbatch_weight", "_superbatch_token_mask")
+    transform = ImageText(
+        lambda picture: torch.zeros(1), lambda texts: torch.zeros(len(texts)), columns=columns
+    )
+    *_, weights, masks = transform(batch([[True, False], [False, True]]))
+    assert torch.equal(weights, torch.ones(2, dtype=torch.float64))
+    assert torch.equal(masks, torch.tensor([[True, False], [False, True]]))
+    for other in ([[True], [True, False]], [[True], None], [None, None]):
+        with pytest.raises(superbatch.Error, match="_superbatch_token_mask makes no tensor"):
+            transform(batch(other))
 
 
 def test_captions_are_cut_and_padded_to_the_models_length(folder, tmp_path):

@@ -28,13 +28,16 @@ impl TokenLosses {
         if tokens == 0 || self.reference.dim != self.learner.dim {
             return None;
         }
-        let mut counted: Vec<(f64, usize)> = Vec::new();
+        // In one piece, and with no room to spare: bounds::MASKED_TOKENS_MAX is of this.
+        let mut counted: Vec<(f64, usize)> = Vec::with_capacity(rows.len() * tokens);
         for (place, row) in rows.iter().enumerate() {
             let [learner, reference] =
                 [of_row(&self.learner, *row)?, of_row(&self.reference, *row)?];
             for (token, (learner, reference)) in learner.zip(reference).enumerate() {
                 if let (Some(learner), Some(reference)) = (learner, reference) {
-                    counted.push((learner - reference, place * tokens + token));
+                    // Without the zero -0.0 would lie below +0.0, though the losses are equal.
+                    let excess = learner - reference + 0.0;
+                    counted.push((excess, place * tokens + token));
                 }
             }
         }
@@ -156,6 +159,14 @@ mod tests {
         let all = losses(&same, &same);
         let masks = all.masks(&[1, 0], 0.625).unwrap();
         assert_eq!(masks, [vec![true; 4], vec![true, false, false, false]]);
+    }
+
+    #[test]
+    fn zeros_of_either_sign_are_equal() {
+        // -0.0 less +0.0 is -0.0.
+        let learner = vec![vec![Some(-0.0), Some(0.0), Some(-0.0), Some(0.0)]];
+        let masks = losses(&learner, &[vec![Some(0.0); 4]]).masks(&[0], 0.5);
+        assert_eq!(masks, Some(vec![vec![true, true, false, false]]));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::{
     },
     error::{Error, Result},
 };
-use superbatch_proto::v1::{Hole, Mode, ModelRef, Reason, RowsForm, WeightsVersion};
+use superbatch_proto::v1::{Hole, Loss, Mode, ModelRef, Reason, RowsForm, WeightsVersion};
 
 /// The learner's weights of a step.
 pub(super) enum Weights {
@@ -144,6 +144,12 @@ impl Replayer {
                 Some(scored)
             }
         };
+        let (mut learner, mut reference) = (learner, reference);
+        if spec.loss() == Loss::PerExample {
+            // As in the step itself: nothing is drawn or measured by the losses of tokens.
+            let both = [&mut learner, &mut reference];
+            both.into_iter().flatten().for_each(Scored::of_examples);
+        }
         let device = [&learner, &reference].into_iter().flatten().next();
         Ok(Embedded {
             device: device.map_or_else(|| "cpu".to_owned(), |scored| scored.device.clone()),

@@ -4,7 +4,8 @@
 //! 1. [`past`]: the step as its receipt, the run's facts and the data have it.
 //! 2. [`change`]: what is to differ.
 //! 3. [`embed`] has the candidates embedded: the reference's embeddings are read from the state,
-//!    the learner's are made again from the weights with which the step was scored.
+//!    or made again if they are not kept (docs/data.md#large-row-groups), the learner's are made
+//!    again from the weights with which the step was scored.
 //! 4. [`redraw`] draws with the code that drew the step, [`pairs`] scores pairs, both by what
 //!    [`measure`] asks.
 //!

@@ -2,6 +2,7 @@
 //! them.
 pub use super::verifier::shape;
 use crate::{
+    bounds::MASKED_TOKENS_MAX,
     coordinator::{
         facts::run::ModelFact,
         score::scored::{Scored, other_file},
@@ -10,7 +11,10 @@ use crate::{
     },
     error::{Error, Result},
     fidelity::Fidelity,
-    selection::{LOSSES_OF_IMAGES, LOSSES_OF_TEXTS, tokens::tokens_of},
+    selection::{
+        LOSSES_OF_IMAGES, LOSSES_OF_TEXTS, TOKEN_LOSSES_OF_IMAGES, TOKEN_LOSSES_OF_TEXTS,
+        tokens::tokens_of,
+    },
 };
 use superbatch_proto::v1::{
     Fallback, LearnerSpec, Loss, ModelRef, Reason, ReferenceSpec, RunSpec, Source,
@@ -104,8 +108,9 @@ pub fn check_biases(
 /// # Errors
 /// `RunSpecImpossible`, naming the field that should be another.
 pub fn check_gives(spec: &RunSpec, model_type: &str, uri: &str) -> Result<()> {
-    let of_images = model_type == LOSSES_OF_IMAGES;
-    let gives_losses = of_images || model_type == LOSSES_OF_TEXTS;
+    let of_images = [LOSSES_OF_IMAGES, TOKEN_LOSSES_OF_IMAGES].contains(&model_type);
+    let of_texts = [LOSSES_OF_TEXTS, TOKEN_LOSSES_OF_TEXTS].contains(&model_type);
+    let gives_losses = of_images || of_texts;
     let other = |source: &Source| source.text_column.is_empty() != of_images;
     let (field, message) = match (spec.loss(), gives_losses) {
         (Loss::PerExample, false) => (
@@ -175,7 +180,7 @@ pub fn check_approximations(
 }
 
 /// Checks that learner and reference of each phase that chooses tokens give a loss for each of the
-/// same tokens.
+/// same tokens, and no more of them than are chosen from at once.
 ///
 /// # Errors
 /// `RunSpecImpossible`, naming the phase's field.
@@ -198,12 +203,31 @@ pub fn check_tokens(
             let message = format!("{field}: {problem} (docs/models.md)");
             return Err(Error::new(Reason::RunSpecImpossible, message).with("field", field));
         }
+        check_count_of_tokens(i, phase.sub_batch_size, tokens(learner))?;
     }
     Ok(())
 }
 
+fn check_count_of_tokens(i: usize, rows: u32, tokens: usize) -> Result<()> {
+    let count = u64::from(rows) * tokens as u64;
+    if count <= MASKED_TOKENS_MAX {
+        return Ok(());
+    }
+    let field = format!("phases[{i}].sub_batch_size");
+    let message = format!(
+        "{field} {rows} of {tokens} tokens each makes {count} tokens, of which a share is to be \
+         trained (token_share); at most {MASKED_TOKENS_MAX} are chosen from at once. Make \
+         sub_batch_size smaller"
+    );
+    Err(Error::new(Reason::RunSpecImpossible, message).with("field", field))
+}
+
+/// Returns how many losses of tokens a model gives of a row.
+fn tokens(model: &ModelFact) -> usize {
+    tokens_of(model.embedding_dim().unwrap_or_default() as usize)
+}
+
 fn other_tokens(learner: &ModelFact, reference: &ModelFact) -> Option<String> {
-    let tokens = |fact: &ModelFact| tokens_of(fact.embedding_dim().unwrap_or_default() as usize);
     let none = |which: &str| {
         format!(
             "the {which} gives one loss an example, none for each token; export it with \
@@ -325,6 +349,35 @@ mod tests {
     }
 
     #[test]
+    fn no_more_tokens_are_chosen_from_than_there_is_room_for() {
+        let model = ModelFact::from(PrepareModelResponse {
+            embedding_dim: 2 + 1024,
+            ..Default::default()
+        });
+        let check = |token_share, sub_batch_size| {
+            let phase = Phase {
+                token_share,
+                sub_batch_size,
+                ..Default::default()
+            };
+            let spec = RunSpec {
+                phases: vec![phase],
+                ..Default::default()
+            };
+            check_tokens(&spec, Some(&model), Some(&model))
+        };
+        check(Some(0.5), 1 << 14).unwrap();
+        check(None, 1 << 15).unwrap();
+        let error = check(Some(0.5), (1 << 14) + 1).unwrap_err();
+        assert_eq!(error.reason(), Reason::RunSpecImpossible);
+        assert_eq!(error.value("field"), Some("phases[0].sub_batch_size"));
+        assert!(
+            error.to_string().contains("16385 of 1024 tokens"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn a_model_gives_what_the_loss_is_made_of() {
         let spec = |loss: Loss, text: &str| RunSpec {
             loss: loss.into(),
@@ -338,6 +391,8 @@ mod tests {
         for (spec, model_type) in [
             (spec(per_example, ""), LOSSES_OF_IMAGES),
             (spec(per_example, "text"), LOSSES_OF_TEXTS),
+            (spec(per_example, ""), TOKEN_LOSSES_OF_IMAGES),
+            (spec(per_example, "text"), TOKEN_LOSSES_OF_TEXTS),
             (spec(Loss::Sigmoid, ""), "siglip"),
             (spec(Loss::Softmax, ""), "exported"),
         ] {
@@ -350,6 +405,9 @@ mod tests {
             (spec(Loss::Softmax, ""), LOSSES_OF_TEXTS, "loss"),
             (spec(per_example, "text"), LOSSES_OF_IMAGES, column),
             (spec(per_example, ""), LOSSES_OF_TEXTS, column),
+            (spec(Loss::Sigmoid, ""), TOKEN_LOSSES_OF_IMAGES, "loss"),
+            (spec(per_example, "text"), TOKEN_LOSSES_OF_IMAGES, column),
+            (spec(per_example, ""), TOKEN_LOSSES_OF_TEXTS, column),
         ] {
             let error = check_gives(&spec, model_type, "memory:///m").unwrap_err();
             assert_eq!(error.reason(), Reason::RunSpecImpossible);

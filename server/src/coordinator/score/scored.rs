@@ -24,6 +24,15 @@ pub struct Scored {
     pub not_finite: Vec<u32>,
 }
 
+impl Scored {
+    /// Leaves the losses of examples alone, if those of tokens follow them.
+    pub fn of_examples(&mut self) {
+        if let Some(of_examples) = self.embedded.of_examples() {
+            self.embedded = of_examples;
+        }
+    }
+}
+
 /// Chosen rows in the order of the draw: at least the output's data columns, and each row's content
 /// hash.
 #[derive(Debug)]

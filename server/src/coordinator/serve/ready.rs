@@ -186,7 +186,8 @@ impl Budget {
     /// ranks wait for it. Room is made by dropping others, see `make_room` of the run.
     pub fn hold(self: &Arc<Self>, receipt: Receipt, rows: Data) -> Ready {
         let bytes = match &rows {
-            Data::Here(rows) => rows.bytes() as u64,
+            Data::Here(rows) => rows.bytes() as u64 + of_masks(&receipt),
+            // Whatever counts may be dropped, and these rows would be lost for the masks alone.
             Data::OnWorkers(_) | Data::Nowhere => 0,
         };
         Ready {
@@ -225,6 +226,12 @@ impl Budget {
     }
 }
 
+/// Returns the bytes of the masks of tokens, which may be more than those of the texts.
+fn of_masks(receipt: &Receipt) -> u64 {
+    let rows = receipt.chosen.iter();
+    rows.map(|row| row.token_mask.len() as u64).sum()
+}
+
 impl Drop for Held {
     fn drop(&mut self) {
         self.budget.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
@@ -237,6 +244,7 @@ mod tests {
     use super::*;
     use crate::coordinator::score::table::tests::table;
     use arrow::array::{ArrayRef, RecordBatch, UInt32Array};
+    use superbatch_proto::v1::ChosenRow;
 
     fn share(rank: u32) -> Share {
         Share {
@@ -282,6 +290,30 @@ mod tests {
         assert!(ready.stream(share(1)).is_none(), "41 bytes do not fit");
         ready.keep_stream(share(1), &stream(37));
         assert_eq!((budget.bytes(), budget.is_exceeded()), (100, false));
+    }
+
+    #[test]
+    fn masks_of_tokens_count_with_their_rows() {
+        let row = ChosenRow {
+            token_mask: vec![true; 7],
+            ..Default::default()
+        };
+        let receipt = Receipt {
+            chosen: vec![row; 2],
+            ..Default::default()
+        };
+        let numbers: ArrayRef = Arc::new(UInt32Array::from_iter_values(0..8));
+        let rows = table(vec![RecordBatch::try_from_iter([("n", numbers)]).unwrap()]);
+        let of_rows = rows.bytes() as u64;
+        let budget = Budget::new(1 << 20);
+        let ready = budget.hold(receipt.clone(), Data::Here(rows));
+        assert_eq!(
+            (budget.bytes(), ready.bytes()),
+            (of_rows + 14, of_rows + 14)
+        );
+        drop(ready);
+        let elsewhere = budget.hold(receipt, Data::Nowhere);
+        assert_eq!((budget.bytes(), elsewhere.bytes()), (0, 0));
     }
 
     #[test]

@@ -36,6 +36,8 @@ impl Maker<'_> {
             Loss::PerExample => taken_apart(&mut learner, &mut reference),
             _ => None,
         };
+        // Dropped at once where no token is chosen: they are most of what a step holds.
+        let tokens = decided.phase.token_share.zip(tokens);
         decided.scales = [
             begin.learner_scale,
             begin.learner_bias,
@@ -57,7 +59,7 @@ impl Maker<'_> {
         decided.spent.add(drawn.flops);
         metrics::stage_duration("select").record(drawn.seconds);
         metrics::flops("selection").increment(drawn.flops as u64);
-        if let (Some(share), Some(tokens)) = (decided.phase.token_share, tokens) {
+        if let Some((share, tokens)) = tokens {
             decided.token_masks = masks(tokens, drawn.indices.clone(), share).await?;
         }
         Ok(drawn)

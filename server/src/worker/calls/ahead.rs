@@ -8,7 +8,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     fidelity::Fidelity,
-    selection::LOSSES_OF_TEXTS,
+    selection::{LOSSES_OF_TEXTS, TOKEN_LOSSES_OF_TEXTS},
     worker::{engine::Engine, inputs::preprocess::RowFault, loader::Loaded, model::Compute},
 };
 use std::sync::Arc;
@@ -73,7 +73,8 @@ impl<'a> Embedder<'a> {
 
     /// Returns whether the model gives losses of texts in the place of images.
     pub fn reads_texts(&self) -> bool {
-        self.model.info.model_type == LOSSES_OF_TEXTS
+        let model_type = self.model.info.model_type.as_str();
+        [LOSSES_OF_TEXTS, TOKEN_LOSSES_OF_TEXTS].contains(&model_type)
     }
 
     /// Names the fidelity, as `resolution=128`; the whole model is `full`.

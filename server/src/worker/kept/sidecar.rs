@@ -164,7 +164,7 @@ impl Sidecar {
     }
 
     /// Returns the embeddings of a block from memory or from the store; `None` if they are not
-    /// kept, or damaged.
+    /// kept, or damaged, which is logged: what is computed in their place is not stored.
     ///
     /// # Errors
     /// Those of reading.
@@ -175,11 +175,15 @@ impl Sidecar {
     ) -> Result<Option<Arc<BlockEmbeddings>>> {
         let mut is_kept = true;
         let read = async {
-            let found = self.state.find(key).await?;
-            if let Some(bytes) = found
-                && let Some(block) = blocking(move || decode(&bytes, shape)).await?
-            {
-                return Ok(Arc::new(block));
+            if let Some(bytes) = self.state.find(key).await? {
+                if let Some(block) = blocking(move || decode(&bytes, shape)).await? {
+                    return Ok(Arc::new(block));
+                }
+                tracing::warn!(
+                    object = self.state.uri_of(key),
+                    "reference embeddings are damaged; the candidates' are computed for this step \
+                     alone, and `superbatch embed` stores them anew"
+                );
             }
             is_kept = false;
             Err(Error::internal("no reference embeddings are kept"))
@@ -408,6 +412,8 @@ mod tests {
             .put("reference/a", Bytes::from_static(b"SBREF"))
             .await
             .unwrap();
+        let found = sidecar.find("reference/a", SHAPE).await.unwrap();
+        assert_eq!(found, None);
         let mended = sidecar
             .get("reference/a", SHAPE, async { Ok(block(7)) })
             .await

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    selection::{LOSSES_OF_IMAGES, LOSSES_OF_TEXTS},
+    selection::{LOSSES_OF_IMAGES, LOSSES_OF_TEXTS, TOKEN_LOSSES_OF_IMAGES, TOKEN_LOSSES_OF_TEXTS},
 };
 use serde_json::Value;
 use std::sync::Arc;
@@ -275,9 +275,11 @@ impl ModelConfig {
     }
 
     pub fn model_type(&self) -> &'static str {
-        match self.losses().map(|form| form.input) {
-            Some(Input::Image) => return LOSSES_OF_IMAGES,
-            Some(Input::Text) => return LOSSES_OF_TEXTS,
+        match self.losses().map(|form| (form.input, form.tokens)) {
+            Some((Input::Image, 0)) => return LOSSES_OF_IMAGES,
+            Some((Input::Image, _)) => return TOKEN_LOSSES_OF_IMAGES,
+            Some((Input::Text, 0)) => return LOSSES_OF_TEXTS,
+            Some((Input::Text, _)) => return TOKEN_LOSSES_OF_TEXTS,
             None => {}
         }
         match self.family {

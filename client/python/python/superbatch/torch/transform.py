@@ -40,7 +40,8 @@ class ImageText:
         `TwoFidelities` takes them; dicts have the low images under "low_" and the first name. One
         of the two may have no rows. Without it a batch with such rows is an error.
     columns: further columns of numbers, such as "_superbatch_weight": as tensors behind the pair,
-        or in the dict.
+        or in the dict. Lists of equal lengths become a row each, but a list that is null is
+        refused.
     threads: how many images are worked on at once; by default 1 in a loader's worker, else one a
         core and at most 8. Random
         transforms draw from one generator, so with several threads two runs draw differently: give
@@ -104,13 +105,7 @@ class ImageText:
         parts = self._parts(batch)
         images = self._images(parts)
         texts = self.text([caption for part in parts for caption in part["caption"].to_pylist()])
-        # A copy: what Arrow hands out is read-only.
-        further = {
-            name: torch.from_numpy(
-                numpy.concatenate([part[name].to_numpy(zero_copy_only=False) for part in parts])
-            )
-            for name in self.columns
-        }
+        further = {name: column(parts, name) for name in self.columns}
         if self.names is None:
             return (*images, texts, *further.values())
         image_name, text_name = self.names
@@ -168,3 +163,20 @@ class ImageText:
         except Exception as error:
             error.add_note(f"in row {batch['_superbatch_id'][index].as_py()} of step {batch.step}")
             raise
+
+
+def column(parts: Sequence[Batch], name: str) -> torch.Tensor:
+    """A column of numbers or truth values, or of lists of them that are of equal lengths."""
+    # A copy: what Arrow hands out is read-only.
+    rows = numpy.concatenate([part[name].to_numpy(zero_copy_only=False) for part in parts])
+    lists = [row for row in rows if isinstance(row, numpy.ndarray)]
+    if lists and len(lists) == len(rows) and len({row.shape for row in lists}) == 1:
+        rows = numpy.stack(lists)
+    if rows.dtype.kind not in "biuf":
+        raise invalid(
+            "columns",
+            f"{name} makes no tensor of step {parts[0].step}: that takes numbers or truth values, "
+            "or lists of them of one length, and none may be null. Leave it out, and read "
+            f"batch[{name!r}]",
+        )
+    return torch.from_numpy(rows)
