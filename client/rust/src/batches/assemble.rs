@@ -156,8 +156,9 @@ impl Assembly {
     }
 }
 
-/// Asks for huge pages in memory that is about to be filled. A batch takes megabytes that are mostly
-/// new to the process, and in pages of 4 KiB their faults may take longer than the copy into them.
+/// Asks for huge pages in memory that is about to be filled. A batch takes megabytes that are
+/// mostly new to the process, and in pages of 4 KiB their faults may take longer than the copy into
+/// them.
 fn prefer_huge_pages(room: &mut [MaybeUninit<u8>]) {
     let (start, bytes) = (room.as_mut_ptr(), room.len());
     // Only pages that lie in the room as a whole: what is beside them is others' memory.

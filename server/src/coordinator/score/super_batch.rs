@@ -190,8 +190,8 @@ impl Scoring {
         }
     }
 
-    /// Returns the numbers in each slice of the chosen candidates that lie in it, and of each chosen
-    /// one its place among all that the slices return.
+    /// Returns the numbers in each slice of the chosen candidates that lie in it, and of each
+    /// chosen one its place among all that the slices return.
     fn wanted(&self, chosen: &[u32], served: &[usize]) -> (Vec<(usize, Vec<u32>)>, Vec<u32>) {
         let mut wanted: Vec<(usize, Vec<u32>)> = Vec::new();
         let mut place = vec![0u32; chosen.len()];

@@ -117,8 +117,8 @@ impl BlockReader {
     }
 
     /// Leaves images where they lie, if they lie uncompressed in a Parquet file and are most of the
-    /// bytes that are read of a row group: these are kept, and the block's first column is of views.
-    /// They are copied when rows leave the block.
+    /// bytes that are read of a row group: these are kept, and the block's first column is of
+    /// views. They are copied when rows leave the block.
     #[must_use]
     pub fn keeping_views(self) -> Self {
         Self {
