@@ -1,12 +1,9 @@
 //! Large buffers: pages of which size the system gives them, and what becomes of them when they are
 //! freed.
-use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    ops::Range,
-};
+use std::alloc::{GlobalAlloc, Layout, System};
+#[cfg(target_os = "linux")]
+use std::{ops::Range, sync::OnceLock};
 
-/// The size of a huge page, on x86-64 and on most others.
-const HUGE_PAGE: usize = 2 << 20;
 /// Buffers of this many bytes and more are asked to lie in huge pages. NumPy draws the line there,
 /// too.
 const HUGE_MIN: usize = 4 << 20;
@@ -68,24 +65,32 @@ fn prefer_huge_pages(start: *mut u8, bytes: usize) {
     if bytes < HUGE_MIN || start.is_null() {
         return;
     }
-    let whole = huge_pages(start.addr(), bytes);
     #[cfg(target_os = "linux")]
-    // SAFETY: the range lies in the buffer, and the call changes no byte of it. It is advice: it
-    // may fail, and then the pages are small.
+    // SAFETY: the call changes no byte, neither of the buffer nor of what lies beside it in its
+    // first and last page. It is advice: it may fail, and then the pages are small.
     unsafe {
-        let first = start.with_addr(whole.start).cast::<libc::c_void>();
-        libc::madvise(first, whole.len(), libc::MADV_HUGEPAGE);
+        let pages = pages(start.addr(), bytes, page_bytes());
+        let first = start.with_addr(pages.start).cast::<libc::c_void>();
+        libc::madvise(first, pages.len(), libc::MADV_HUGEPAGE);
     }
-    #[cfg(not(target_os = "linux"))]
-    let _ = whole;
 }
 
-/// Returns the huge pages that lie in a buffer as a whole. What is outside of them belongs to other
-/// buffers, too.
-fn huge_pages(start: usize, bytes: usize) -> Range<usize> {
-    let end = start + bytes;
-    let (first, last) = (start.next_multiple_of(HUGE_PAGE), end - end % HUGE_PAGE);
-    first..last.max(first)
+/// Returns the pages on which a buffer lies, whole. A mapping that is advised in part is
+/// cut into several, and the system extends and moves a buffer without a copy only within one.
+#[cfg(target_os = "linux")]
+fn pages(start: usize, bytes: usize, page: usize) -> Range<usize> {
+    start - start % page..(start + bytes).next_multiple_of(page)
+}
+
+/// The size of the system's small pages.
+#[cfg(target_os = "linux")]
+fn page_bytes() -> usize {
+    static BYTES: OnceLock<usize> = OnceLock::new();
+    // SAFETY: it takes a number, and returns one.
+    *BYTES.get_or_init(|| match unsafe { libc::sysconf(libc::_SC_PAGESIZE) } {
+        bytes @ 1.. => bytes as usize,
+        _ => 4096,
+    })
 }
 
 /// Has every large buffer given back to the system as soon as it is freed. For a coordinator that
@@ -112,63 +117,72 @@ pub fn give_back_large_buffers(environment: impl IntoIterator<Item = (String, St
     let _ = is_decided;
 }
 
-#[cfg(test)]
+#[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
 
+    const ROOM: usize = 64 << 20;
+
     #[test]
-    fn huge_pages_lie_in_their_buffer() {
-        let at = |start: usize, bytes: usize| huge_pages(start, bytes);
-        assert_eq!(at(HUGE_PAGE, 2 * HUGE_PAGE), HUGE_PAGE..3 * HUGE_PAGE);
-        assert_eq!(
-            at(HUGE_PAGE + 16, 2 * HUGE_PAGE),
-            2 * HUGE_PAGE..3 * HUGE_PAGE
-        );
-        assert_eq!(at(HUGE_PAGE - 16, 2 * HUGE_PAGE), HUGE_PAGE..2 * HUGE_PAGE);
-        assert!(at(HUGE_PAGE + 16, HUGE_PAGE).is_empty());
+    fn a_buffer_is_advised_with_the_whole_of_its_pages() {
+        assert_eq!(pages(8192, 8192, 4096), 8192..16384);
+        assert_eq!(pages(8192 + 16, 8192, 4096), 8192..20480);
+        assert_eq!(pages(8192 - 16, 8192, 4096), 4096..16384);
+        assert!(page_bytes().is_power_of_two());
     }
 
-    /// The flags of the mapping in which an address lies.
-    #[cfg(target_os = "linux")]
-    fn flags_at(address: usize) -> String {
-        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let mut lies_here = false;
+    /// The mapping in which an address lies, and its flags; `None` where the system tells none.
+    fn mapping_at(address: usize) -> Option<(Range<usize>, String)> {
+        let maps = std::fs::read_to_string("/proc/self/smaps").ok()?;
+        let mut here = None;
         for line in maps.lines() {
             let first = line.split(' ').next().unwrap_or_default();
             let ends = first.split_once('-');
             let ends = ends.map(|(a, b)| [a, b].map(|end| usize::from_str_radix(end, 16)));
             if let Some([Ok(start), Ok(end)]) = ends {
-                lies_here = (start..end).contains(&address);
-            } else if let (true, Some(flags)) = (lies_here, line.strip_prefix("VmFlags:")) {
-                return flags.to_owned();
+                here = (start..end).contains(&address).then_some(start..end);
+            } else if let (Some(here), Some(flags)) = (&here, line.strip_prefix("VmFlags:")) {
+                return Some((here.clone(), flags.to_owned()));
             }
         }
-        panic!("no mapping has {address:#x}");
+        None
     }
 
-    #[cfg(target_os = "linux")]
+    /// Whether one mapping holds a buffer whole, and whether it is asked to have huge pages.
+    fn found(start: *mut u8, bytes: usize) -> Option<[bool; 2]> {
+        let (mapping, flags) = mapping_at(start.addr() + bytes / 2)?;
+        let is_one = mapping.start <= start.addr() && start.addr() + bytes <= mapping.end;
+        Some([is_one, flags.contains(" hg")])
+    }
+
     #[test]
-    fn large_buffers_are_asked_to_lie_in_huge_pages() {
-        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
-            eprintln!("skipped: this system has no huge pages to give");
+    fn large_buffers_lie_in_one_mapping_that_is_asked_to_have_huge_pages() {
+        let here = std::ptr::from_ref(&ROOM).addr();
+        let huge = std::path::Path::new("/sys/kernel/mm/transparent_hugepage");
+        if !huge.exists() || mapping_at(here).is_none() {
+            eprintln!("skipped: this system has no huge pages, or does not tell where they are");
             return;
         }
-        let is_huge = |start: *mut u8| flags_at(start.addr() + 16 * HUGE_PAGE).contains(" hg");
         // Above 32 MiB glibc makes a mapping for each buffer.
-        let layout = Layout::array::<u8>(64 << 20).unwrap();
-        // SAFETY: the layouts are not empty; each buffer is freed once, by its own layout.
+        let of = |bytes| Layout::array::<u8>(bytes).unwrap();
+        // SAFETY: the layouts are not empty; each buffer is freed once, by its own layout, and
+        // written and read within.
         unsafe {
-            let plain = System.alloc(layout);
-            let [new, zeroed] = [HugePages.alloc(layout), HugePages.alloc_zeroed(layout)];
-            let small = HugePages.alloc(Layout::array::<u8>(1 << 20).unwrap());
-            let grown = HugePages.realloc(small, Layout::array::<u8>(1 << 20).unwrap(), 64 << 20);
-            let found = [plain, new, zeroed, grown].map(is_huge);
+            let [new, zeroed] = [HugePages.alloc(of(ROOM)), HugePages.alloc_zeroed(of(ROOM))];
+            let small = HugePages.alloc(of(1 << 20));
+            let grown = HugePages.realloc(small, of(1 << 20), ROOM);
+            let before = [new, zeroed, grown].map(|start| found(start, ROOM));
             assert_eq!(*zeroed.add(40 << 20), 0);
-            for start in [new, zeroed, grown] {
-                HugePages.dealloc(start, layout);
+            // Its pages move: they lie in one mapping.
+            *new.add(ROOM - 1) = 7;
+            let doubled = HugePages.realloc(new, of(ROOM), 2 * ROOM);
+            let after = found(doubled, 2 * ROOM);
+            assert_eq!(*doubled.add(ROOM - 1), 7);
+            HugePages.dealloc(doubled, of(2 * ROOM));
+            for start in [zeroed, grown] {
+                HugePages.dealloc(start, of(ROOM));
             }
-            System.dealloc(plain, layout);
-            assert_eq!(found, [false, true, true, true]);
+            assert_eq!((before, after), ([Some([true; 2]); 3], Some([true; 2])));
         }
     }
 }

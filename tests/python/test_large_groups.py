@@ -39,7 +39,12 @@ def superbatch_state(cluster: Cluster) -> Path:
     return Path(cluster.state.removeprefix("file://"))
 
 
-def test_a_step_embeds_no_more_of_a_large_group_than_it_scores(inputs, table, data, tmp_path):  # noqa: F811
+def test_a_step_embeds_no_more_of_a_large_group_than_it_scores(
+    inputs,  # noqa: F811
+    table,
+    data,
+    tmp_path,
+):
     asked = spec(inputs, "large", sources=[data.as_uri()])
     with Cluster(tmp_path / "one") as cluster:
         run = superbatch.connect(cluster.address).open_run(asked)
@@ -61,7 +66,12 @@ def test_a_step_embeds_no_more_of_a_large_group_than_it_scores(inputs, table, da
         assert choices(run, STEPS) == chosen
 
 
-def test_a_large_group_that_was_embedded_ahead_is_found(inputs, table, data, tmp_path):  # noqa: F811
+def test_a_large_group_that_was_embedded_ahead_is_found(
+    inputs,  # noqa: F811
+    table,
+    data,
+    tmp_path,
+):
     with Cluster(tmp_path) as cluster:
         made = embeds(cluster.state, inputs / "reference", data)
         assert (made["blocks"], made["rows"]) == (1, len(table))

@@ -72,7 +72,8 @@ def test_pairs_are_a_map_that_keys_move_through(own_page):
     own_page.get_by_text("Text drawn 2, chunk 0").wait_for()
     assert "by this image and this text" in details.inner_text()
     own_page.wait_for_function(
-        "() => [...document.querySelectorAll('.pair-details .caption')].every(c => c.textContent.trim())"
+        "() => [...document.querySelectorAll('.pair-details .caption')]"
+        ".every(c => c.textContent.trim())"
     )
     own_page.keyboard.press("Shift+ArrowDown")
     own_page.get_by_text("Image drawn 8, chunk 1").wait_for()

@@ -29,8 +29,9 @@ pub struct WorkerConfig {
     pub disk_cache_dir: Option<PathBuf>,
     /// Most bytes in `disk_cache_dir`. If it is full the blocks used longest ago are removed.
     pub disk_cache_bytes: u64,
-    /// Memory for the rows of slices that wait to be chosen, in bytes. If it is full the newest
-    /// step's rows are dropped, and the chosen ones are read again.
+    /// Memory for the rows of slices that wait to be chosen, in bytes. Up to half of it holds
+    /// blocks whole, where the images of such rows are at least half of the block. If it is full
+    /// the newest step's rows are dropped, and the chosen ones are read again.
     pub row_bytes_max: usize,
     /// Memory for decoded images that wait for the learner, in bytes. If it is full the newest
     /// step's are dropped, and decoded again.

@@ -190,12 +190,13 @@ impl Scoring {
         }
     }
 
-    /// Returns the numbers in each slice of the chosen candidates that lie in it, and of each chosen
-    /// one its place among all that the slices return.
+    /// Returns the numbers in each slice of the chosen candidates that lie in it, and of each
+    /// chosen one its place among all that the slices return.
     fn wanted(&self, chosen: &[u32], served: &[usize]) -> (Vec<(usize, Vec<u32>)>, Vec<u32>) {
         let mut wanted: Vec<(usize, Vec<u32>)> = Vec::new();
         let mut place = vec![0u32; chosen.len()];
         let mut base = 0;
+        let is_whole = self.job.form == RowsForm::Whole;
         for (number, slice) in self.slices.iter().enumerate() {
             let inside = chosen
                 .iter()
@@ -203,10 +204,10 @@ impl Scoring {
                 .filter(|(_, c)| slice.range.contains(&(**c as usize)));
             let mut inside: Vec<_> = inside.collect();
             // In the order of storage neighbouring rows can be sent as one piece of a block,
-            // without a copy. A worker of this process copies most rows once, and need not do it
-            // again for ranks if it does so in their order. `place` restores the order of the draw
-            // afterwards.
-            if slice.is_here() {
+            // without a copy. A worker of this process, which hands whole rows over, copies most of
+            // them once, and need not do it again for ranks if it does so in their order. `place`
+            // restores the order of the draw afterwards.
+            if is_whole && slice.is_here() {
                 inside.sort_unstable_by_key(|(drawn, _)| served.get(*drawn));
             } else {
                 inside.sort_unstable_by_key(|(_, candidate)| **candidate);

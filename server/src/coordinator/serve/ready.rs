@@ -96,7 +96,8 @@ impl Ready {
         streams.get(&share).map(|(stream, _)| stream.clone())
     }
 
-    /// Keeps the stream of a share, if it fits beside all that is in memory.
+    /// Keeps the stream of a share, if it fits beside all that is in memory. Its parts may lie in
+    /// the memory of the rows, which the budget then counts twice: it errs on the safe side.
     pub fn keep_stream(&self, share: Share, stream: &Encoded) {
         let budget = &self.held.budget;
         let mut streams = self.streams.lock();

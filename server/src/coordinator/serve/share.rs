@@ -46,8 +46,8 @@ pub fn slice(
     Ok(rows)
 }
 
-/// Returns the place of each of `rows` drawn rows in the joined shares of all ranks, if they are one
-/// group. Rows that lie in memory in this order need not be gathered for their ranks.
+/// Returns the place of each of `rows` drawn rows in the joined shares of all ranks, if they are
+/// one group. Rows that lie in memory in this order need not be gathered for their ranks.
 pub fn places(seed: u64, step: u64, rows: usize) -> Vec<usize> {
     let count = rows as u64;
     let shuffle = Permutation::new(PURPOSE, &[seed, step], count);

@@ -85,10 +85,11 @@ async fn made(
     pool.run(make).await?
 }
 
-/// Divides rows by the batches in which they lie. A batch without views is shared if the wanted rows
-/// are at least half of its memory, so that the coordinator never holds more than twice what it
-/// asked for. Rows of other batches are copied together, in pieces as large as a rank's record batches: if they come
-/// in the order in which ranks have them, they are not copied again.
+/// Divides rows by the batches in which they lie. A batch without views is shared if the wanted
+/// rows are at least half of its memory, so that the coordinator never holds more than twice what
+/// it asked for. Rows of other batches are copied together, in pieces as large as a rank's record
+/// batches: of rows that come in the order in which ranks have them, a rank's record batch is not
+/// copied again if it lies within one piece.
 fn pieces(rows: &[Row], sizes: &[usize]) -> Vec<Piece> {
     let mut numbers = HashMap::new();
     let mut by_batch: Vec<Vec<usize>> = Vec::new();

@@ -18,7 +18,11 @@ use arrow::{
     record_batch::RecordBatch,
 };
 use bytes::Bytes;
-use std::{collections::HashMap, ops::Range, sync::Arc};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    ops::Range,
+    sync::Arc,
+};
 use superbatch_proto::columns::{CONTENT_HASH, IMAGE_OFFSET, IMAGE_URI};
 
 const HASH_BYTES: usize = 16;
@@ -61,14 +65,17 @@ impl RowWriter {
 
     /// Appends rows as one record batch. All of them must have image and caption.
     pub(crate) fn push(&mut self, rows: &[Row]) -> Result<Vec<Bytes>> {
-        let mut columns = gather(rows)?.columns().to_vec();
+        let gathered = match &self.form {
+            Form::Hashed | Form::Whole => gather(rows)?,
+            Form::Located(..) => gather(&without_images(rows)?)?,
+        };
+        let mut columns = gathered.columns().to_vec();
         match &self.form {
             Form::Hashed => {}
             Form::Whole => columns.push(hashes(rows)?),
             Form::Located(places, fields) => {
                 let places = places.get(self.written..self.written + rows.len());
                 let places = places.ok_or_else(|| Error::internal("rows without a place"))?;
-                columns.remove(0);
                 columns.extend(
                     fields
                         .iter()
@@ -222,6 +229,24 @@ fn gather(rows: &[Row]) -> Result<RecordBatch> {
     copy(rows)
 }
 
+/// Returns rows without their images, which are the first column. Nothing is copied.
+fn without_images(rows: &[Row]) -> Result<Vec<Row>> {
+    let mut projected: HashMap<*const RecordBatch, Arc<RecordBatch>> = HashMap::new();
+    let mut without = Vec::with_capacity(rows.len());
+    for Row { batch, row } in rows {
+        let batch = match projected.entry(Arc::as_ptr(batch)) {
+            Entry::Occupied(known) => known.get().clone(),
+            Entry::Vacant(new) => {
+                let others: Vec<usize> = (1..batch.num_columns()).collect();
+                let others = batch.project(&others).map_err(encoding)?;
+                new.insert(Arc::new(others)).clone()
+            }
+        };
+        without.push(Row { batch, row: *row });
+    }
+    Ok(without)
+}
+
 pub(crate) fn copy(rows: &[Row]) -> Result<RecordBatch> {
     let mut numbers = HashMap::new();
     let mut batches: Vec<&RecordBatch> = Vec::new();
@@ -262,4 +287,48 @@ fn follow_each_other(first: &Row, rows: &[Row]) -> bool {
 
 pub(crate) fn encoding(cause: arrow::error::ArrowError) -> Error {
     Error::internal("cannot encode chosen rows as Arrow IPC").because(cause)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow::{array::BinaryArray, datatypes::UInt64Type};
+    use superbatch_proto::arrow_stream;
+
+    #[test]
+    fn rows_with_places_take_no_image_along() {
+        let batch = |rows: Range<usize>| {
+            let images = rows.clone().map(|row| vec![row as u8; 4_000]);
+            let images: ArrayRef = Arc::new(BinaryArray::from_iter_values(images));
+            let captions = rows.map(|row| format!("caption {row}"));
+            let captions: ArrayRef = Arc::new(StringArray::from_iter_values(captions));
+            let columns = [("image", images, true), ("caption", captions, true)];
+            Arc::new(RecordBatch::try_from_iter_with_nullable(columns).unwrap())
+        };
+        let batches = [batch(0..4), batch(4..8)];
+        let row = |n: usize| Row {
+            batch: batches[n / 4].clone(),
+            row: n % 4,
+        };
+        let rows = [6, 1, 4, 3].map(row);
+        let others = without_images(&rows).unwrap();
+        assert!(others.iter().all(|row| row.batch.num_columns() == 1));
+        assert!(Arc::ptr_eq(&others[0].batch, &others[2].batch));
+        let place = |n: u64| ImagePlace {
+            bytes: Some(n..n + 10),
+            uri: None,
+        };
+        let fields = vec![Field::new(IMAGE_OFFSET, DataType::UInt64, true)];
+        let form = Form::Located([60, 10, 40, 30].map(place).to_vec(), fields);
+        let mut writer = RowWriter::new(&batches[0].schema(), form).unwrap();
+        let mut parts = writer.push(&rows).unwrap();
+        parts.extend(writer.finish().unwrap());
+        let (_, found) = arrow_stream::read(parts).unwrap();
+        let captions = found[0]["caption"].as_string::<i32>().iter().flatten();
+        assert!(captions.eq(["caption 6", "caption 1", "caption 4", "caption 3"]));
+        let offsets = found[0][IMAGE_OFFSET].as_primitive::<UInt64Type>();
+        assert_eq!(offsets.values().to_vec(), [60, 10, 40, 30]);
+        let hashes = found[0][CONTENT_HASH].as_fixed_size_binary();
+        assert_eq!(hashes.value(0), content_hash(&[6; 4_000], "caption 6"));
+    }
 }

@@ -14,6 +14,7 @@ use crate::{
     },
     error::{Error, Result},
     storage::{Location, Stores},
+    worker::inputs::images,
 };
 use arrow::{array::RecordBatch, error::ArrowError};
 use parquet::arrow::arrow_reader::ArrowReaderMetadata;
@@ -46,6 +47,8 @@ pub struct ReadBlock {
     /// see [`BlockReader::keeping_views`].
     pub batch: Arc<RecordBatch>,
     beside: Option<Arc<Beside>>,
+    /// Bytes of the file that views hold in memory: all that was read. 0 if there are no views.
+    range_bytes: usize,
 }
 
 impl ReadBlock {
@@ -64,9 +67,10 @@ impl ReadBlock {
         .collect()
     }
 
-    fn bytes(&self) -> usize {
+    /// Returns the memory that it holds.
+    pub(crate) fn bytes(&self) -> usize {
         let beside = self.beside.as_ref().map_or(0, |beside| beside.bytes());
-        self.batch.get_array_memory_size() + beside
+        self.batch.get_array_memory_size().max(self.range_bytes) + beside
     }
 }
 
@@ -117,8 +121,8 @@ impl BlockReader {
     }
 
     /// Leaves images where they lie, if they lie uncompressed in a Parquet file and are most of the
-    /// bytes that are read of a row group: these are kept, and the block's first column is of views.
-    /// They are copied when rows leave the block.
+    /// bytes that are read of a row group: these are kept, and the block's first column is of
+    /// views. They are copied when rows leave the block.
     #[must_use]
     pub fn keeping_views(self) -> Self {
         Self {
@@ -268,9 +272,9 @@ impl BlockReader {
         let location = self.shard(source, shard)?;
         let file = ShardFile::new(location, shard.size, shard.etag.clone())
             .cached_in(self.stores.disk_cache());
-        let (batch, paths) = match source.layout.format {
+        let ((batch, paths), range_bytes) = match source.layout.format {
             Format::Parquet => self.row_group(&file, key, wanted).await?,
-            Format::Tar => self.samples(&file, shard, key, wanted).await?,
+            Format::Tar => (self.samples(&file, shard, key, wanted).await?, 0),
         };
         let beside = match (&source.layout.image_root, paths) {
             (Some(root), Some(paths)) => {
@@ -281,10 +285,20 @@ impl BlockReader {
             _ => None,
         };
         let batch = Arc::new(batch);
-        Ok(ReadBlock { batch, beside })
+        Ok(ReadBlock {
+            batch,
+            beside,
+            range_bytes,
+        })
     }
 
-    async fn row_group(&self, file: &ShardFile, key: &ShardKey, wanted: Wanted) -> Result<Decoded> {
+    /// Returns a block, and how many bytes of the file its views hold.
+    async fn row_group(
+        &self,
+        file: &ShardFile,
+        key: &ShardKey,
+        wanted: Wanted,
+    ) -> Result<(Decoded, usize)> {
         let footer = self.footers.get(key, file.footer()).await?;
         let groups = footer.metadata().row_groups();
         let Some(part) = Part::of(groups, &wanted) else {
@@ -300,8 +314,11 @@ impl BlockReader {
             .map(|(_, column)| file.column(column))
             .collect::<Result<Vec<_>>>()?;
         let (bytes, block) = (file.ranges(&ranges).await?, wanted.number);
+        let read = bytes.bytes();
         let decode = move || wanted.decode(&bytes, &footer, &mask, part);
-        decoded(file, block, decode).await
+        let (batch, paths) = decoded(file, block, decode).await?;
+        let held = if images::are_views(&batch) { read } else { 0 };
+        Ok(((batch, paths), held))
     }
 
     async fn samples(

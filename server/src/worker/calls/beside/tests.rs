@@ -3,7 +3,7 @@ use super::*;
 use crate::{
     dataset::{
         SourceRequest,
-        fixtures::{by_path, img2dataset, indexed, parquet, put, request, stores},
+        fixtures::{batch, by_path, indexed, parquet, put, request, stores},
         index,
     },
     fidelity::Fidelity,
@@ -18,6 +18,7 @@ use crate::{
         kept::read::tests::counted,
     },
 };
+use arrow::array::{BinaryArray, StringArray};
 use bytes::Bytes;
 use std::{
     io::Cursor,
@@ -171,14 +172,23 @@ async fn an_image_that_is_replaced_while_its_step_is_scored_is_refused() {
 async fn rows_that_are_chosen_next_stay_in_their_block_while_there_is_much_room() {
     let stores = stores();
     let state = stores.open("memory:///state").unwrap();
-    let files = [("0.parquet", parquet(&img2dataset(0..12), 12))];
+    let images = BinaryArray::from_iter_values((0..12_u8).map(|row| vec![row; 4_000]));
+    let captions = StringArray::from_iter_values((0..12).map(|row| format!("caption {row}")));
+    let rows = batch(vec![
+        ("jpg", Arc::new(images)),
+        ("caption", Arc::new(captions)),
+    ]);
+    let files = [("0.parquet", parquet(&rows, 12))];
     let manifest = Arc::new(indexed(&stores, &files).await.unwrap());
     let manifest = manifest.save(&state).await.unwrap();
     let mut row_bytes_max = WorkerConfig::default().row_bytes_max;
-    for (waits, is_tight, is_shared) in [
-        (false, false, true),
-        (true, false, false),
-        (false, true, false),
+    let most = vec![9, 1, 8, 0, 2, 3, 4, 5];
+    for (wanted, waits, is_tight, is_shared) in [
+        (most.clone(), false, false, true),
+        // A quarter of the block is not worth the whole.
+        (vec![9, 1, 8], false, false, false),
+        (most.clone(), true, false, false),
+        (most, false, true, false),
     ] {
         let config = WorkerConfig {
             device: "cpu".into(),
@@ -188,7 +198,7 @@ async fn rows_that_are_chosen_next_stay_in_their_block_while_there_is_much_room(
         };
         let engine = Engine::new(&config, stores.clone(), state.clone()).unwrap();
         let rows = BlockRows {
-            rows: vec![9, 1, 8],
+            rows: wanted,
             ..Default::default()
         };
         let mut slice = Slice::open(&engine, &manifest, vec![rows], Vec::new())
@@ -197,7 +207,7 @@ async fn rows_that_are_chosen_next_stay_in_their_block_while_there_is_much_room(
         slice.keep_for = Some(3);
         let block = &slice.blocks[0];
         let whole = slice.read(&engine, block).await.unwrap();
-        let bytes = whole.batch.get_array_memory_size();
+        let bytes = whole.bytes();
         assert_eq!(is_tight, row_bytes_max == bytes);
         let kept = slice.keep_candidates(&engine, block, &whole, waits).await;
         let kept = kept.unwrap().unwrap();

@@ -23,9 +23,12 @@ use parquet::{
     },
     basic::Compression,
     errors::ParquetError,
-    file::metadata::{ColumnChunkMetaData, RowGroupMetaData},
+    file::metadata::RowGroupMetaData,
 };
 use std::sync::Arc;
+
+/// Values of up to so many bytes lie in their view, and refer to no other memory.
+const INLINE_BYTES_MAX: usize = 12;
 
 /// The columns and types to read of a block.
 pub(super) struct Wanted {
@@ -74,15 +77,17 @@ impl Wanted {
         mask: &ProjectionMask,
         part: Part,
     ) -> Result<Decoded, ArrowError> {
-        let images = self.uncompressed_images(footer, mask, part);
-        let views = images.and_then(|_| self.viewing(footer).ok());
+        let is_plain = self.has_plain_images(footer, mask, part);
+        let views = is_plain.then(|| self.viewing(footer).ok()).flatten();
         let views = views.unwrap_or_else(|| footer.clone());
         let cause = match self.read(bytes, views, mask, part) {
             Ok(batch) => {
                 // Views that stay hold all that was read: other rows and columns, too.
                 let is_whole = self.block.rows as usize == part.of;
-                let is_most = images.is_some_and(|of_images| 4 * of_images >= 3 * bytes.bytes());
-                return self.assemble(&batch, self.keeps_views && is_whole && is_most);
+                let images = batch.column_by_name(&self.layout.image_column);
+                let is_most = 4 * images.map_or(0, viewed_bytes) >= 3 * bytes.bytes();
+                let keeps_views = self.keeps_views && is_plain && is_whole && is_most;
+                return self.assemble(&batch, keeps_views);
             }
             Err(cause) => cause,
         };
@@ -110,29 +115,21 @@ impl Wanted {
         self.assemble(&batch, false)
     }
 
-    /// Returns how many bytes of a row group are images, if they lie in the file as they are, so
-    /// that views of them take no memory beside the file's bytes. Of a compressed column the pages
-    /// would all be held at once.
-    fn uncompressed_images(
+    /// Returns whether the images of a row group lie in the file as they are, so that views of them
+    /// take no memory beside the file's bytes. Of a compressed column the pages would all be held
+    /// at once.
+    fn has_plain_images(
         &self,
         footer: &ArrowReaderMetadata,
         mask: &ProjectionMask,
         part: Part,
-    ) -> Option<usize> {
-        let of_image = |column: &ColumnChunkMetaData| {
-            column.column_path().parts().first() == Some(&self.layout.image_column)
-        };
+    ) -> bool {
         let columns = footer.metadata().row_group(part.group).columns();
-        let mut bytes = 0;
-        for (leaf, column) in columns.iter().enumerate() {
-            if mask.leaf_included(leaf) && of_image(column) {
-                let is_plain = column.compression() == Compression::UNCOMPRESSED;
-                bytes += usize::try_from(column.compressed_size())
-                    .ok()
-                    .filter(|_| is_plain)?;
-            }
-        }
-        Some(bytes)
+        columns.iter().enumerate().all(|(leaf, column)| {
+            let is_image = mask.leaf_included(leaf)
+                && column.column_path().parts().first() == Some(&self.layout.image_column);
+            !is_image || column.compression() == Compression::UNCOMPRESSED
+        })
     }
 
     /// Returns a footer by which images are read as views of their pages, which copies none. Views
@@ -287,6 +284,23 @@ fn with_views(field: &FieldRef) -> FieldRef {
         kind => kind.clone(),
     };
     Arc::new(Field::clone(field).with_data_type(kind))
+}
+
+/// Returns how many bytes of other memory views refer to, in a column of images or of structs with
+/// `bytes`.
+fn viewed_bytes(images: &ArrayRef) -> usize {
+    if let Some(parts) = images.as_struct_opt() {
+        return parts.column_by_name("bytes").map_or(0, viewed_bytes);
+    }
+    let Some(views) = images.as_binary_view_opt() else {
+        return 0;
+    };
+    let valid = (0..views.len()).filter(|row| views.is_valid(*row));
+    let sizes = valid.map(|row| views.value(row).len());
+    let referred: usize = sizes.filter(|size| *size > INLINE_BYTES_MAX).sum();
+    // Rows may share an image of a dictionary.
+    let held: usize = views.data_buffers().iter().map(|buffer| buffer.len()).sum();
+    referred.min(held)
 }
 
 /// Casts an array.

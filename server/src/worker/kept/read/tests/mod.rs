@@ -235,6 +235,46 @@ async fn uncompressed_images_take_as_much_memory_as_they_have_bytes() {
     }
 }
 
+#[tokio::test]
+async fn a_block_with_views_counts_all_bytes_that_they_hold() {
+    let images = (0..20_u8).map(|row| vec![row; 30_000]);
+    let urls = (0..20_u8).map(|row| char::from(b'a' + row).to_string().repeat(5_000));
+    let captions = (0..20).map(|row| format!("caption {row}"));
+    // Images and captions are read together, with what lies between them.
+    let rows = batch(vec![
+        ("jpg", Arc::new(BinaryArray::from_iter_values(images))),
+        ("url", Arc::new(StringArray::from_iter_values(urls))),
+        ("caption", Arc::new(StringArray::from_iter_values(captions))),
+    ]);
+    let stores = stores();
+    let files = [("0.parquet", parquet(&rows, 20))];
+    let manifest = indexed(&stores, &files).await.unwrap();
+    let reader = BlockReader::new(stores, 1 << 30).keeping_views();
+    let read = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+    assert!(images::are_views(&read.batch));
+    assert!(read.batch.get_array_memory_size() < 20 * 34_000);
+    assert!((20 * 35_000..20 * 45_000).contains(&read.bytes()));
+    assert_eq!(reader.cached_bytes(), read.bytes());
+}
+
+#[tokio::test]
+async fn views_that_refer_to_little_of_what_was_read_do_not_stay() {
+    // So short that they lie in the views themselves.
+    let images = (0..1_000).map(|row| format!("image {row:06}").into_bytes());
+    let images = BinaryArray::from_iter_values(images);
+    let captions = StringArray::from_iter_values((0..1_000).map(|_| "caption"));
+    let rows = batch(vec![
+        ("jpg", Arc::new(images.clone())),
+        ("caption", Arc::new(captions)),
+    ]);
+    let stores = stores();
+    let files = [("0.parquet", parquet(&rows, 1_000))];
+    let manifest = indexed(&stores, &files).await.unwrap();
+    let reader = BlockReader::new(stores, 1 << 30).keeping_views();
+    let read = reader.read(&manifest, 0, 0, 0, &[]).await.unwrap();
+    assert_eq!(read.batch.column(0).as_binary::<i32>(), &images);
+}
+
 /// Two blocks whose unneeded column is much larger than the rest.
 fn heavy() -> Bytes {
     let mut noise = 1u64;
