@@ -75,8 +75,8 @@ fn prefer_huge_pages(start: *mut u8, bytes: usize) {
     }
 }
 
-/// Returns the pages on which a buffer lies, whole. A mapping that is advised in part is
-/// cut into several, and the system extends and moves a buffer without a copy only within one.
+/// Returns the pages on which a buffer lies, whole. A mapping that is advised in part is cut into
+/// several, and the system extends and moves a buffer without a copy only within one.
 #[cfg(target_os = "linux")]
 fn pages(start: usize, bytes: usize, page: usize) -> Range<usize> {
     start - start % page..(start + bytes).next_multiple_of(page)
@@ -117,7 +117,8 @@ pub fn give_back_large_buffers(environment: impl IntoIterator<Item = (String, St
     let _ = is_decided;
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(target_os = "linux")]
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -169,8 +169,8 @@ fn prefer_huge_pages(room: &mut [MaybeUninit<u8>]) {
     // SAFETY: the call changes no byte, neither of the room nor of what lies beside it in its first
     // and last page. It is advice: it may fail, and then the pages are small.
     unsafe {
-        // Of whole pages: a mapping that is advised in part is cut into several, and the
-        // system extends and moves a buffer without a copy only within one.
+        // Of whole pages: a mapping that is advised in part is cut into several, and the system
+        // extends and moves a buffer without a copy only within one.
         let page = page_bytes();
         let first = start.addr() - start.addr() % page;
         let end = (start.addr() + bytes).next_multiple_of(page);
