@@ -150,11 +150,12 @@ impl Slice {
         };
         let bytes = whole.bytes();
         let (whole, wanted) = (whole.batch.clone(), block.rows.clone());
-        if !waits && 2 * image_bytes(&whole, &wanted) >= bytes {
-            if let Some(kept) = engine.raw.keep_large(step, bytes, whole.clone()) {
-                let is_whole = true;
-                return Ok(Some(Candidates { kept, is_whole }));
-            }
+        if !waits
+            && 2 * image_bytes(&whole, &wanted) >= bytes
+            && let Some(kept) = engine.raw.keep_large(step, bytes, whole.clone())
+        {
+            let is_whole = true;
+            return Ok(Some(Candidates { kept, is_whole }));
         }
         let rows = engine.pool.run(move || pick(&whole, wanted)).await??;
         let bytes = rows.get_array_memory_size();
