@@ -15,7 +15,8 @@ BINARY = Path(
     os.environ.get("SUPERBATCH_BINARY")
     or Path(__file__).parents[2] / "target" / "debug" / "superbatch"
 )
-DEADLINE_SECONDS = 60
+# Ends what hangs. It says nothing of how long things take, and machines are busy.
+DEADLINE_SECONDS = 180
 
 
 class Process:

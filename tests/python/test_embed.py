@@ -38,7 +38,7 @@ def data(inputs, tmp_path_factory) -> Path:
 def embeds(state: str, model: Path, data: Path, *more: object) -> dict:
     command = [BINARY, "embed", "--model", model, "--sources", data.as_uri(), "--state", state]
     ended = subprocess.run(
-        [*map(str, command), *map(str, more), "--json"], capture_output=True, text=True, timeout=120
+        [*map(str, command), *map(str, more), "--json"], capture_output=True, text=True, timeout=600
     )
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)
