@@ -7,14 +7,10 @@ use superbatch_server::{
         self, CheckArgs, PageArgs, ServeArgs, WorkerArgs,
         ending::{REST_MAX, RUNTIME_MAX, end_within, terminated},
     },
-    allocator::HugePages,
     app::{RunPage, Serve, Work, replayer, start_traces},
     config::Config,
     error::{Error, Result},
 };
-
-#[global_allocator]
-static ALLOCATOR: HugePages = HugePages;
 
 /// Online data selection for contrastive training: scans super-batches of image-text pairs, picks
 /// the jointly most learnable sub-batch (JEST), and streams it to your trainer.
