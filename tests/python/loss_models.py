@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy
 import pyarrow
 import pyarrow.parquet
+import superbatch
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -108,3 +109,27 @@ def allowing(pins: dict[str, str]) -> dict[str, str]:
 def losses(model: torch.nn.Module, *rows: torch.Tensor) -> numpy.ndarray:
     with torch.no_grad():
         return model.loss_per_example(*rows).double().numpy()
+
+
+def learner(folder: Path) -> superbatch.Learner:
+    weights = folder / "model.safetensors"
+    return superbatch.Learner(model_uri=folder.as_uri(), snapshot_uri=weights.as_uri())
+
+
+def pushed(model: torch.nn.Module, step: int) -> dict:
+    """What a trainer might have after `step`."""
+    return {
+        name: value * (1 + 0.2 * (step + 1))
+        for name, value in model.state_dict().items()
+        if value.is_floating_point()
+    }
+
+
+def train(run: superbatch.Run, model: torch.nn.Module, steps: int) -> list:
+    """Takes the run's steps and pushes after each. Returns the batches."""
+    batches = []
+    for batch in run.batches(rank=0, world_size=1, start_step=0, end_step=steps):
+        batches.append(batch)
+        run.push_weights(pushed(model, batch.step), step=batch.step)
+    run.flush()
+    return batches

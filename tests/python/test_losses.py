@@ -25,8 +25,11 @@ from loss_models import (
     allowing,
     classifier,
     drawings,
+    learner,
     losses,
     pixels,
+    pushed,
+    train,
     write,
 )
 from test_end_to_end import reason
@@ -99,35 +102,11 @@ def spec(folder: Path, run_id: str, **changes) -> superbatch.RunSpec:
     return superbatch.RunSpec(run_id=run_id, **settings)
 
 
-def learner(folder: Path) -> superbatch.Learner:
-    weights = folder / "model.safetensors"
-    return superbatch.Learner(model_uri=folder.as_uri(), snapshot_uri=weights.as_uri())
-
-
-def pushed(model: torch.nn.Module, step: int) -> dict:
-    """What a trainer might have after `step`."""
-    return {
-        name: value * (1 + 0.2 * (step + 1))
-        for name, value in model.state_dict().items()
-        if value.is_floating_point()
-    }
-
-
 def scanned(client: superbatch.Client, asked: superbatch.RunSpec, steps: int) -> list[list[int]]:
     """The candidates of each step, as a uniform run that takes all of them tells."""
     run = client.open_run(asked)
     batches = run.batches(rank=0, world_size=1, start_step=0, end_step=steps)
     return [[row.row for row in run.receipt(batch.step).chosen] for batch in batches]
-
-
-def train(run: superbatch.Run, model: torch.nn.Module, steps: int = STEPS) -> list:
-    """Takes the run's steps and pushes after each. Returns the batches."""
-    batches = []
-    for batch in run.batches(rank=0, world_size=1, start_step=0, end_step=steps):
-        batches.append(batch)
-        run.push_weights(pushed(model, batch.step), step=batch.step)
-    run.flush()
-    return batches
 
 
 def check_rows(receipt, of_learner: numpy.ndarray, of_reference: numpy.ndarray) -> None:
@@ -147,7 +126,7 @@ def test_a_classifier_is_trained_on_what_it_can_still_learn(made, service):
     all_rows = spec(folder, "all", phases=[whole], learner=None, reference=None)
     candidates = scanned(client, all_rows, STEPS)
     run = client.open_run(spec(folder, "top", columns=["label"]))
-    batches = train(run, models["learner"])
+    batches = train(run, models["learner"], STEPS)
     of_reference = losses(models["reference"], inputs, labels)
     model, scores, noisy = Classifier().eval(), [], []
     for batch in batches:
@@ -205,7 +184,7 @@ def test_reference_losses_are_kept_and_may_be_made_ahead(made, tmp_path):
         assert made_ahead.returncode == 0, made_ahead.stderr
         assert json.loads(made_ahead.stdout)["blocks"] == ROWS // BLOCK
         run = superbatch.connect(cluster.address).open_run(spec(folder, "ahead"))
-        train(run, models["learner"])
+        train(run, models["learner"], STEPS)
         costs = [run.receipt(step).summary.cost for step in range(STEPS)]
         assert all(cost.reference_flops == 0 < cost.learner_flops for cost in costs)
 

@@ -14,7 +14,7 @@ import superbatch
 import superbatch.torch
 import torch
 from cluster import BINARY, Cluster
-from loss_models import Language, allowing, losses, write
+from loss_models import Language, allowing, learner, losses, pushed, train, write
 from test_end_to_end import reason
 
 from examples.demo import tiny
@@ -69,25 +69,6 @@ def spec(folder: Path, run_id: str, **changes) -> superbatch.RunSpec:
     return superbatch.RunSpec(run_id=run_id, **settings)
 
 
-def learner(folder: Path) -> superbatch.Learner:
-    weights = folder / "model.safetensors"
-    return superbatch.Learner(model_uri=folder.as_uri(), snapshot_uri=weights.as_uri())
-
-
-def pushed(model: torch.nn.Module, step: int) -> dict:
-    """What a trainer might have after `step`."""
-    return {name: value * (1 + 0.3 * (step + 1)) for name, value in model.state_dict().items()}
-
-
-def train(run: superbatch.Run, model: torch.nn.Module) -> list:
-    batches = []
-    for batch in run.batches(rank=0, world_size=1, start_step=0, end_step=STEPS):
-        batches.append(batch)
-        run.push_weights(pushed(model, batch.step), step=batch.step)
-    run.flush()
-    return batches
-
-
 def masks(*batches: superbatch.Batch) -> dict[int, list]:
     """The mask of each row, by its number."""
     return {
@@ -118,7 +99,7 @@ def test_the_tokens_of_the_largest_excess_loss_are_to_be_trained(made, tmp_path)
     folder, models, pins, ids = made
     with Cluster(tmp_path, environment=allowing(pins)) as cluster:
         run = superbatch.connect(cluster.address).open_run(spec(folder, "rho"))
-        batches = train(run, models["learner"])
+        batches = train(run, models["learner"], STEPS)
         model = Language(models["learner"].words.num_embeddings).eval()
         for batch in batches:
             # Under lag exact(1) step 2 is the first that is scored with a push: that of step 0.
@@ -170,7 +151,7 @@ def test_a_step_with_masks_is_drawn_again_as_it_was(made, tmp_path):
     folder, models, pins, _ = made
     with Cluster(tmp_path, environment=allowing(pins)) as cluster:
         run = superbatch.connect(cluster.address).open_run(spec(folder, "past"))
-        train(run, models["learner"])
+        train(run, models["learner"], STEPS)
         was = run.receipt(2)
     command = [str(BINARY), "replay", "past", "--step", "2", "--json"]
     command += ["--state", str(tmp_path / "state")]
