@@ -18,6 +18,7 @@ import pyarrow.parquet
 import torch
 
 from .data.captions import junk
+from .data.packages import DemoError
 from .evaluate import Evaluation
 from .model import SHAPE, Transform, embed, load, save_weights, write_folder
 from .progress import progress
@@ -128,8 +129,17 @@ def clip_scores(folder: Path, pool: Path) -> torch.Tensor:
 
 def clip_score_of_best(folder: Path, pool: Path, share: float) -> float:
     """The CLIPScore that this share of the pool reaches. Kept beside the reference, by the pool."""
-    kept = folder / f"best-{share:g}-{pool.parent.name}.json"
+    kept = folder / f"clip-score-of-best-{share:g}-{pool.parent.name}.json"
     if not kept.exists():
-        threshold = torch.quantile(clip_scores(folder, pool), 1 - share).item()
-        kept.write_text(json.dumps(threshold))
+        kept.write_text(json.dumps(threshold(clip_scores(folder, pool), share)))
     return json.loads(kept.read_text())
+
+
+def threshold(scores: torch.Tensor, share: float) -> float:
+    """The least score of the best `share`, or the least above 0 if fewer are above it: CLIPScore
+    ends at 0, so a filter at 0 would leave nothing out.
+    """
+    above = scores[scores > 0]
+    if not len(above):
+        raise DemoError("the reference gives no row of the pool a CLIPScore above 0; train it more")
+    return max(torch.quantile(scores, 1 - share).item(), above.min().item())

@@ -243,7 +243,8 @@ def sentence(policy: str, seed: dict) -> str:
     if not seed["needed_for_uniform_final"]["uniform"]["steps"]:
         return f"{policy}: uniform ended no better than it began, so there is no end to reach."
     if times["steps"] is None:
-        return f"{policy}: did not reach uniform's final accuracy. Selection lost here."
+        what = "The filter" if policy == "filtered" else "Selection"
+        return f"{policy}: did not reach uniform's final accuracy. {what} lost here."
     said = [f"{against_uniform(times[axis])} {word}" for axis, word in WORDS]
     return f"{policy}: reached uniform's final accuracy with {', '.join(said)}."
 

@@ -84,7 +84,7 @@ def fidelity(selection: Selection) -> dict:
 def run_spec(arm: Arm) -> superbatch.RunSpec:
     settings, low = arm.settings, fidelity(arm.selection)
     least = arm.clip_score_at_least
-    tuning = superbatch.Tuning(clip_score_at_least=least) if least else None
+    tuning = None if least is None else superbatch.Tuning(clip_score_at_least=least)
     return superbatch.RunSpec(
         run_id=arm.run_id,
         sources=[(arm.dataset / "pool").as_uri()],

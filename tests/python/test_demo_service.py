@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import superbatch
+import torch
 
 from examples.demo import report, service, tiny
 from examples.demo.data.packages import DemoError
-from examples.demo.reference import clip_score_of_best, clip_scores
+from examples.demo.reference import clip_score_of_best, clip_scores, threshold
 from examples.demo.settings import ARMS, Settings
 
 STEPS = 8
@@ -114,6 +115,15 @@ def test_a_filter_takes_the_best_by_the_reference_at_random(inputs, tmp_path):
     assert all(receipt.summary.policy == "uniform" for receipt in receipts)
     # The reference is asked once for each row, and on the arm's bill; the learner never.
     assert known.accounts.reference_flops > 0 == known.accounts.learner_flops
+
+
+def test_a_filter_leaves_something_out_where_most_scores_are_0():
+    scores = torch.tensor([0.0] * 8 + [0.2, 0.4])
+    assert threshold(scores, 0.1) == pytest.approx(0.22)
+    # Three tenths have at least 0, as all others.
+    assert threshold(scores, 0.3) == pytest.approx(0.2)
+    with pytest.raises(DemoError, match="no row of the pool a CLIPScore above 0"):
+        threshold(torch.zeros(10), 0.3)
 
 
 def test_arms_are_judged_on_the_names_that_were_asked_for(inputs, tmp_path):
