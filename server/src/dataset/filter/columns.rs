@@ -5,15 +5,14 @@ use crate::{
     error::{Error, Result},
 };
 use arrow::error::ArrowError;
-use parquet::{
-    arrow::{
-        ProjectionMask,
-        arrow_reader::{
-            ArrowReaderMetadata, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
-        },
+use parquet::arrow::{
+    ProjectionMask,
+    arrow_reader::{
+        ArrowReaderMetadata, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
+        RowSelection,
     },
-    file::metadata::ColumnChunkMetaData,
 };
+use std::ops::Range;
 
 /// Rows of one batch.
 const BATCH_ROWS: usize = 64 << 10;
@@ -34,17 +33,33 @@ pub(in crate::dataset) async fn read<T: Send + 'static>(
     footer: &ArrowReaderMetadata,
     groups: &[usize],
     names: &[&str],
+    look: impl FnMut(usize, &mut Batches) -> Result<T, ArrowError> + Send + 'static,
+) -> Result<Vec<T>> {
+    let whole: Vec<_> = groups.iter().map(|group| (*group, None)).collect();
+    read_selected(file, footer, &whole, names, look).await
+}
+
+/// As [`read`], with the rows to read of each group; `None` for all. Pages without such rows are
+/// not read, if `footer` has the index of their column.
+///
+/// # Errors
+/// As [`read`].
+pub(super) async fn read_selected<T: Send + 'static>(
+    file: &ShardFile,
+    footer: &ArrowReaderMetadata,
+    groups: &[(usize, Option<RowSelection>)],
+    names: &[&str],
     mut look: impl FnMut(usize, &mut Batches) -> Result<T, ArrowError> + Send + 'static,
 ) -> Result<Vec<T>> {
-    let is_wanted = |column: &ColumnChunkMetaData| {
-        let root = column.column_path().parts().first();
-        root.is_some_and(|root| names.contains(&root.as_str()))
-    };
+    let leaves = leaves(footer, names);
     let mut ranges = Vec::new();
-    for group in groups {
-        let columns = footer.metadata().row_group(*group).columns();
-        for column in columns.iter().filter(|column| is_wanted(column)) {
-            ranges.push(file.column(column)?);
+    for (group, selection) in groups {
+        for leaf in &leaves {
+            let column = file.column(footer.metadata().row_group(*group).column(*leaf))?;
+            let pages = selection
+                .as_ref()
+                .and_then(|rows| selected_pages(footer, (*group, *leaf), &column, rows));
+            ranges.extend(pages.unwrap_or_else(|| vec![column]));
         }
     }
     let bytes = file.ranges(&ranges).await?;
@@ -55,20 +70,21 @@ pub(in crate::dataset) async fn read<T: Send + 'static>(
     );
     let (footer, wanted) = (footer.clone(), groups.to_vec());
     let decode = move || {
-        let mut one = |(n, group): (usize, &usize)| {
-            let builder =
-                ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), footer.clone());
-            let mut batches = builder
-                .with_row_groups(vec![*group])
-                .with_projection(mask.clone())
-                .with_batch_size(BATCH_ROWS)
-                .build()?;
-            look(n, &mut batches)
+        let mut one = |(n, (group, selection)): (usize, &(usize, Option<RowSelection>))| {
+            let mut builder =
+                ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), footer.clone())
+                    .with_row_groups(vec![*group])
+                    .with_projection(mask.clone())
+                    .with_batch_size(BATCH_ROWS);
+            if let Some(rows) = selection {
+                builder = builder.with_row_selection(rows.clone());
+            }
+            look(n, &mut builder.build()?)
         };
         let looks = wanted.iter().enumerate();
         let looks = looks.map(|at| {
             let read = caught(ArrowError::ParquetError, || one(at));
-            read.map_err(|cause| (*at.1, cause))
+            read.map_err(|cause| (at.1.0, cause))
         });
         looks.collect::<Result<Vec<T>, (usize, ArrowError)>>()
     };
@@ -77,4 +93,32 @@ pub(in crate::dataset) async fn read<T: Send + 'static>(
         .await
         .map_err(panicked)?;
     decoded.map_err(|(group, cause)| file.undecodable(group, cause))
+}
+
+/// Returns the leaves of columns, by their numbers in the file.
+pub(super) fn leaves(footer: &ArrowReaderMetadata, names: &[&str]) -> Vec<usize> {
+    let columns = footer.parquet_schema().columns().iter().enumerate();
+    let is_wanted = |root: &String| names.contains(&root.as_str());
+    let wanted = columns.filter(|(_, leaf)| leaf.path().parts().first().is_some_and(is_wanted));
+    wanted.map(|(leaf, _)| leaf).collect()
+}
+
+/// Returns the ranges of the pages that hold rows, and of the dictionary before them; `None` if
+/// the column, which lies at `column`, has no index.
+fn selected_pages(
+    footer: &ArrowReaderMetadata,
+    (group, leaf): (usize, usize),
+    column: &Range<u64>,
+    rows: &RowSelection,
+) -> Option<Vec<Range<u64>>> {
+    let pages = footer
+        .metadata()
+        .page_index()?
+        .page_locations(group, leaf)?;
+    let first = u64::try_from(pages.first()?.offset).ok()?;
+    let mut ranges = rows.scan_ranges(pages);
+    if first > column.start {
+        ranges.push(column.start..first);
+    }
+    Some(ranges)
 }

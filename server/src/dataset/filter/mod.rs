@@ -4,6 +4,7 @@ mod bounds;
 pub(super) mod columns;
 pub(crate) mod expression;
 pub(super) mod ids;
+mod pages;
 mod parse;
 mod row_groups;
 mod samples;

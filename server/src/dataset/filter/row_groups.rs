@@ -4,6 +4,7 @@ use super::{
     bounds::{Bounds, Outcomes, outcomes},
     columns::{self, Batches},
     expression::{Expression, Literal, Name, Operator},
+    pages::{self, Run},
     values::{Kind, bound, values},
 };
 use crate::{
@@ -52,20 +53,22 @@ impl Filter {
         let undecided: Vec<usize> = (0..blocks.len())
             .filter(|n| looks[*n] == Look::Read)
             .collect();
-        let allow = self.allow.clone();
-        let reading = Reading {
-            status,
-            rule: Rule {
-                expression: expression.clone(),
-                allow,
-            },
-            blocks: undecided.iter().map(|n| blocks[*n].clone()).collect(),
-        };
         let read = if undecided.is_empty() {
             Vec::new()
         } else {
+            let footer = pages::with_indexes(file, footer, &undecided, &names).await?;
+            let reading = self.reading(
+                &footer,
+                expression.clone(),
+                status.clone(),
+                &undecided,
+                blocks,
+            );
+            let group =
+                |(group, (_, runs)): (&usize, &(_, Vec<Run>))| (*group, pages::selection(runs));
+            let groups: Vec<_> = undecided.iter().zip(&reading.blocks).map(group).collect();
             let look = move |n: usize, batches: &mut Batches| reading.group(n, batches);
-            columns::read(file, footer, &undecided, &names, look).await?
+            columns::read_selected(file, &footer, &groups, &names, look).await?
         };
         let (mut left_out, mut read) = (LeftOut::default(), read.into_iter());
         for (block, look) in blocks.iter_mut().zip(looks) {
@@ -153,24 +156,66 @@ impl Filter {
                     rows: u64::from(block.rows),
                 })
             };
-            let asked = |expression: Option<&Expression>| match expression {
-                Some(expression) => outcomes(expression, &bounds),
-                None => Outcomes::TRUE,
-            };
-            let (inside, status) = (asked(expression), asked(status));
-            match () {
-                () if !status.always() => Look::Read,
-                () if inside.never() => Look::None,
-                () if inside.always() && self.allow.is_none() => Look::All,
-                () => Look::Read,
-            }
+            self.decide(expression, status, &bounds)
         };
         blocks.iter().enumerate().map(look).collect()
     }
+
+    /// Returns what is to be done with rows of which a column's bounds are so.
+    fn decide(
+        &self,
+        expression: Option<&Expression>,
+        status: Option<&Expression>,
+        bounds: &impl Fn(&str) -> Option<Bounds>,
+    ) -> Look {
+        let asked = |expression: Option<&Expression>| {
+            expression.map_or(Outcomes::TRUE, |asked| outcomes(asked, bounds))
+        };
+        let (inside, status) = (asked(expression), asked(status));
+        match () {
+            () if !status.always() => Look::Read,
+            () if inside.never() => Look::None,
+            () if inside.always() && self.allow.is_none() => Look::All,
+            () => Look::Read,
+        }
+    }
+
+    /// Returns what is read of row groups, after a look at the statistics of their pages.
+    fn reading(
+        &self,
+        footer: &ArrowReaderMetadata,
+        expression: Option<Expression>,
+        status: Option<Expression>,
+        undecided: &[usize],
+        blocks: &[Block],
+    ) -> Reading {
+        let runs = |group: usize, rows: u32| {
+            let all = [&expression, &status].into_iter().flatten();
+            let names = all
+                .flat_map(Expression::columns)
+                .map(|(name, _)| name.name.as_str());
+            let names: BTreeSet<&str> = names.collect();
+            let pages = |name| (name, pages::pages(footer, group, rows, name));
+            let columns: Vec<_> = names.into_iter().map(pages).collect();
+            pages::runs(rows, &columns, |bounds| {
+                self.decide(expression.as_ref(), status.as_ref(), &bounds)
+            })
+        };
+        let block = |n: &usize| (blocks[*n].clone(), runs(*n, blocks[*n].rows));
+        Reading {
+            blocks: undecided.iter().map(block).collect(),
+            status,
+            rule: Rule {
+                expression,
+                allow: self.allow.clone(),
+            },
+        }
+    }
 }
 
+/// What is to be done with rows: all are kept, none are, or their values are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Look {
+pub(super) enum Look {
     All,
     None,
     Read,
@@ -197,15 +242,16 @@ struct Reading {
     /// What a row's status has to be.
     status: Option<Expression>,
     rule: Rule,
-    /// The groups.
-    blocks: Vec<Block>,
+    /// The groups, and what is to be done with each one's rows.
+    blocks: Vec<(Block, Vec<Run>)>,
 }
 
 impl Reading {
     /// Returns the `n`-th group with the rows that are kept, and how many are left out.
     fn group(&self, n: usize, batches: &mut Batches) -> Result<(Block, LeftOut), ArrowError> {
-        let mut block = self.blocks[n].clone();
-        let rows = block.rows as usize;
+        let (mut block, runs) = self.blocks[n].clone();
+        let read = runs.iter().filter(|run| run.look == Look::Read);
+        let rows: usize = read.map(|run| run.rows as usize).sum();
         let (mut kept, mut not_downloaded) = (Vec::new(), 0);
         for batch in batches {
             let batch = batch?;
@@ -232,9 +278,10 @@ impl Reading {
             let what = format!("its columns do not have the {rows} rows of the group");
             return Err(ArrowError::ParseError(what));
         }
-        block.keep(&kept);
+        let stored = u64::from(block.rows);
+        block.keep(&pages::spread(&runs, &kept));
         let left_out = LeftOut {
-            outside: rows as u64 - u64::from(block.rows) - not_downloaded,
+            outside: stored - u64::from(block.rows) - not_downloaded,
             not_downloaded,
         };
         Ok((block, left_out))
