@@ -14,6 +14,7 @@ pub mod app;
 mod batches;
 mod blocking;
 mod bounds;
+mod buffers;
 mod caught;
 pub mod config;
 pub mod coordinator;

@@ -221,7 +221,8 @@ declare! {
     /// not take them), `queue_full` (dropped, since too many waited for the collector).
     counter trace_spans(outcome) on Both = "superbatch_trace_spans_total", Count;
     /// Bytes held of each budget of memory: `ready` (chosen batches) on the coordinator; `blocks`,
-    /// `rows`, `images`, `held` (chosen rows for direct delivery) and `embeddings` on a worker.
+    /// `rows`, `images`, `held` (chosen rows for direct delivery), `embeddings` and `buffers`
+    /// (free, to be used again) on a worker.
     gauge budget(budget) on Both = "superbatch_budget_bytes", Bytes;
     /// Bytes that each budget of memory may hold.
     gauge budget_limit(budget) on Both = "superbatch_budget_limit_bytes", Bytes;

@@ -3,6 +3,7 @@
 mod cached;
 
 use crate::{
+    buffers::Buffers,
     caught::caught,
     error::{Error, Result},
     storage::{DiskCache, Location},
@@ -29,7 +30,7 @@ const FOOTER_BYTES: u64 = 64 << 10;
 const ENCRYPTED: &[u8] = b"PARE";
 /// Ranges closer than this are read by one request: on object storage a request costs as much time
 /// as a megabyte of data.
-const GAP_BYTES: u64 = 1 << 20;
+pub(super) const GAP_BYTES: u64 = 1 << 20;
 /// Most rows that a file may say it has, and how many more for each of its bytes: a row takes a
 /// bit at least, where its values do not all repeat. What is kept of a row takes memory whatever
 /// it takes in the file.
@@ -45,6 +46,7 @@ pub struct ShardFile {
     size: u64,
     etag: Option<String>,
     cache: Option<DiskCache>,
+    buffers: Option<Buffers>,
 }
 
 /// Returns the ETag of an object below `root` in the form that is compared: listings and reads of
@@ -86,6 +88,16 @@ impl ShardFile {
             size,
             etag,
             cache: None,
+            buffers: None,
+        }
+    }
+
+    /// Reads local files into buffers that are used again.
+    #[must_use]
+    pub(crate) fn reusing(self, buffers: &Buffers) -> Self {
+        Self {
+            buffers: Some(buffers.clone()),
+            ..self
         }
     }
 
@@ -203,10 +215,14 @@ impl ShardFile {
     /// between would give bytes that may decode, as rows that were never indexed. Returns also
     /// whether the store said by an ETag which state it is, as not all do.
     async fn read(&self, range: Range<u64>) -> Result<(Bytes, bool)> {
-        let options = GetOptions {
+        let mut options = GetOptions {
             range: Some(GetRange::Bounded(range.clone())),
             ..Default::default()
         };
+        // What reads local files finds them there.
+        if let Some(buffers) = &self.buffers {
+            options.extensions.insert(buffers.clone());
+        }
         let (store, path) = (self.location.store(), self.location.path(""));
         let read = async {
             let result = store.get_opts(&path, options).await?;

@@ -1,7 +1,7 @@
 //! Ends requests that an object store never answers, and reads in the middle of which it falls
 //! silent.
 use super::StorageConfig;
-use crate::metrics;
+use crate::{buffers::Buffers, metrics};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{
@@ -75,8 +75,13 @@ fn no_answer_error(what: &str, after: Duration) -> Error {
     }
 }
 
-/// Reads a range of a local file at once. `object_store` would fill the memory with zeros first.
-async fn read_file(mut file: File, path: PathBuf, range: Range<u64>) -> Result<Bytes> {
+/// Reads a range of a local file at once, into a buffer of `buffers`.
+async fn read_file(
+    mut file: File,
+    path: PathBuf,
+    range: Range<u64>,
+    buffers: Buffers,
+) -> Result<Bytes> {
     let failed = move |cause: io::Error| {
         let text = format!("cannot read {}: {cause}", path.display());
         Error::Generic {
@@ -85,15 +90,10 @@ async fn read_file(mut file: File, path: PathBuf, range: Range<u64>) -> Result<B
         }
     };
     let read = move || -> io::Result<Bytes> {
-        let length = range.end - range.start;
-        let mut bytes = Vec::with_capacity(length as usize);
+        let mut buffer = buffers.take((range.end - range.start) as usize);
         file.seek(SeekFrom::Start(range.start))?;
-        file.take(length).read_to_end(&mut bytes)?;
-        if bytes.len() as u64 == length {
-            Ok(Bytes::from(bytes))
-        } else {
-            Err(io::ErrorKind::UnexpectedEof.into())
-        }
+        file.read_exact(buffer.as_mut())?;
+        Ok(buffer.into_bytes())
     };
     tokio::task::spawn_blocking(read).await?.map_err(failed)
 }
@@ -162,6 +162,7 @@ impl ObjectStore for Deadlined {
     async fn get_opts(&self, at: &Path, options: GetOptions) -> Result<GetResult> {
         let head = options.head;
         let operation = if head { "head" } else { "get" };
+        let buffers = options.extensions.get::<Buffers>().cloned();
         let result = self
             .deadlines
             .answer(operation, self.store.get_opts(at, options))
@@ -177,7 +178,8 @@ impl ObjectStore for Deadlined {
             // pool. One read is many times as fast. It comes as one piece, so the longer deadline
             // applies.
             GetResultPayload::File(file, path) => {
-                let read = read_file(file, path, range.clone());
+                let buffers = buffers.unwrap_or_else(|| Buffers::new(0));
+                let read = read_file(file, path, range.clone(), buffers);
                 (stream::once(read).boxed(), self.deadlines.answer)
             }
         };
@@ -279,17 +281,19 @@ mod tests {
     async fn a_range_of_a_file_is_read_as_it_is_or_refused_by_name() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows");
-        let bytes: Vec<u8> = (0..=250).cycle().take(100_000).collect();
+        let bytes: Vec<u8> = (0..=250).cycle().take(3_000_000).collect();
         std::fs::write(&path, &bytes).unwrap();
+        // The second range is read into the buffer of the first.
+        let buffers = Buffers::new(8 << 20);
         let read = async |range: Range<u64>| {
             let file = File::open(&path).unwrap();
-            read_file(file, path.clone(), range).await
+            read_file(file, path.clone(), range, buffers.clone()).await
         };
-        for range in [0..100_000, 7..90_001, 99_999..100_000, 5..5] {
+        for range in [0..3_000_000, 7..2_500_001, 2_999_999..3_000_000, 5..5] {
             let found = read(range.clone()).await.unwrap();
             assert_eq!(found, bytes[range.start as usize..range.end as usize]);
         }
-        let refused = read(99_000..100_001).await.unwrap_err().to_string();
+        let refused = read(2_999_000..3_000_001).await.unwrap_err().to_string();
         assert!(refused.contains(path.to_str().unwrap()), "{refused}");
     }
 }

@@ -30,9 +30,12 @@ pub struct WorkerConfig {
     /// Most bytes in `disk_cache_dir`. If it is full the blocks used longest ago are removed.
     pub disk_cache_bytes: u64,
     /// Memory for the rows of slices that wait to be chosen, in bytes. Up to half of it holds
-    /// blocks whole, where the images of such rows are at least half of the block. If it is full
-    /// the newest step's rows are dropped, and the chosen ones are read again.
+    /// blocks whole, which steps share, where no model is waited for. If it is full the newest
+    /// step's rows are dropped, and the chosen ones are read again.
     pub row_bytes_max: usize,
+    /// Memory for large buffers that are free and wait to be used again, in bytes. New ones would
+    /// cost the time in which the kernel clears them.
+    pub buffer_bytes_max: usize,
     /// Memory for decoded images that wait for the learner, in bytes. If it is full the newest
     /// step's are dropped, and decoded again.
     pub decoded_bytes_max: usize,
@@ -79,6 +82,7 @@ impl Default for WorkerConfig {
             disk_cache_dir: None,
             disk_cache_bytes: 0,
             row_bytes_max: 1 << 30,
+            buffer_bytes_max: 128 << 20,
             decoded_bytes_max: 1 << 30,
             held_bytes_max: 1 << 30,
             held_seconds: 600,

@@ -10,6 +10,7 @@ use super::{
     loader::Models,
 };
 use crate::{
+    buffers::Buffers,
     dataset::Manifest,
     error::{Error, Result},
     storage::{Location, Stores},
@@ -35,6 +36,8 @@ pub(super) struct Engine {
     pub models: Models,
     pub sidecar: Sidecar,
     pub pool: DecodePool,
+    /// For blocks of local files, and for chosen rows.
+    pub buffers: Buffers,
     /// Rows of slices whose chosen rows are not asked for yet.
     pub raw: Retained<Arc<RecordBatch>>,
     /// Decoded rows that wait for the learner.
@@ -64,12 +67,15 @@ impl Engine {
             pixels_max: config.image_pixels_max,
             bytes_max: config.image_bytes_max,
         };
+        let buffers = Buffers::new(config.buffer_bytes_max);
         Ok(Self {
             sidecar: Sidecar::new(state.clone(), config.reference_cache_bytes),
             reader: BlockReader::new(stores.clone(), config.block_cache_bytes)
                 .keeping(state.clone())
                 .keeping_views()
+                .reusing(&buffers)
                 .reading_images(config.image_bytes_max, config.image_reads_max),
+            buffers,
             threads,
             manifests: Cache::new(MANIFESTS_MAX, |_| 1),
             rows_digests: Cache::new(MANIFESTS_MAX, |_| 1),

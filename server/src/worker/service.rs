@@ -56,11 +56,12 @@ impl Worker {
     pub fn new(config: &WorkerConfig, stores: Stores, state: Location) -> Result<Self> {
         let engine = Arc::new(Engine::new(config, stores, state)?);
         type Held = fn(&Engine) -> usize;
-        let budgets: [(&'static str, usize, Held); 5] = [
+        let budgets: [(&'static str, usize, Held); 6] = [
             ("blocks", config.block_cache_bytes, |e| {
                 e.reader.cached_bytes()
             }),
             ("rows", config.row_bytes_max, |e| e.raw.bytes()),
+            ("buffers", config.buffer_bytes_max, |e| e.buffers.bytes()),
             ("images", config.decoded_bytes_max, |e| e.ready.bytes()),
             ("held", config.held_bytes_max, |e| e.held.bytes()),
             ("embeddings", config.reference_cache_bytes, |e| {

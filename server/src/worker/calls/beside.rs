@@ -136,8 +136,8 @@ impl Slice {
 
     /// Keeps the candidates of a block whose images are in the file, if there is room. A call that
     /// `waits` for its models before rows are chosen copies them out of the block. In others the
-    /// rows are chosen next: they stay in the block while there is much room and their images are
-    /// at least half of its memory, and are copied once it is known where they go.
+    /// rows are chosen next: they stay in the block while there is much room, and are copied once
+    /// it is known where they go. Steps of one window of blocks share them.
     pub(crate) async fn keep_candidates(
         &self,
         engine: &Engine,
@@ -150,10 +150,8 @@ impl Slice {
         };
         let bytes = whole.bytes();
         let (whole, wanted) = (whole.batch.clone(), block.rows.clone());
-        if !waits
-            && 2 * image_bytes(&whole, &wanted) >= bytes
-            && let Some(kept) = engine.raw.keep_large(step, bytes, whole.clone())
-        {
+        let shared = || engine.raw.keep_shared(step, bytes, whole.clone());
+        if let Some(kept) = (!waits).then(shared).flatten() {
             let is_whole = true;
             return Ok(Some(Candidates { kept, is_whole }));
         }
@@ -238,15 +236,6 @@ impl Slice {
         let message = format!("the image of row {id} was replaced while its step was scored");
         Error::new(Reason::RowChanged, message).with("id", id)
     }
-}
-
-/// Returns how many bytes the images of rows have.
-fn image_bytes(batch: &Arc<RecordBatch>, rows: &[u32]) -> usize {
-    let size = |row: &u32| {
-        let (batch, row) = (batch.clone(), *row as usize);
-        Row { batch, row }.image().map_or(0, <[u8]>::len)
-    };
-    rows.iter().map(size).sum()
 }
 
 #[cfg(test)]

@@ -62,10 +62,13 @@ impl Scoring<'_> {
         form: Form,
         answers: &Answers<ScoreResponse>,
     ) -> Result<()> {
-        let (pool, manifest) = (&self.engine.pool, &self.slice.manifest);
+        let (pool, buffers) = (&self.engine.pool, &self.engine.buffers);
+        let manifest = &self.slice.manifest;
         let schema = manifest.data_schema(&self.slice.columns)?;
         match (&form, answers.handover()) {
-            (Form::Whole, Some(handover)) => handover.put(hand_over(&schema, rows, pool).await?),
+            (Form::Whole, Some(handover)) => {
+                handover.put(hand_over(&schema, rows, pool, buffers).await?);
+            }
             _ => {
                 let writer = RowWriter::new(&schema, form)?;
                 let wrap = |part| Some(arrow_ipc(part));

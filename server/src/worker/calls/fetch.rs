@@ -73,7 +73,8 @@ pub(crate) async fn fetch_rows(
     let schema = slice.manifest.data_schema(&slice.columns)?;
     match (&form, answers.handover()) {
         (Form::Whole, Some(handover)) => {
-            handover.put(hand_over(&schema, &rows, &engine.pool).await?);
+            let handed = hand_over(&schema, &rows, &engine.pool, &engine.buffers);
+            handover.put(handed.await?);
         }
         _ => {
             let writer = RowWriter::new(&schema, form)?;

@@ -6,6 +6,7 @@ use super::{
 };
 use crate::{
     batches::{RANK_BATCH_BYTES_MAX, SENT_BATCH_BYTES_MAX, row_ranges},
+    buffers::Buffers,
     error::Result,
     handed,
     worker::inputs::{decode_pool::DecodePool, images, row::Row},
@@ -35,13 +36,19 @@ pub(crate) async fn hand_over(
     data_schema: &SchemaRef,
     rows: &[Row],
     pool: &DecodePool,
+    buffers: &Buffers,
 ) -> Result<handed::Rows> {
     let schema = hashed_schema(data_schema);
     let sizes = sizes(rows)?;
     let hashes = Arc::new(hashed(rows, &sizes, pool).await?);
     let pieces: Vec<_> = pieces(rows, &sizes)
         .into_iter()
-        .map(|piece| made(piece, hashes.clone(), schema.clone(), pool).boxed())
+        .map(|piece| {
+            let (hashes, schema, buffers) = (hashes.clone(), schema.clone(), buffers.clone());
+            let make =
+                move || batch(&piece, &hashes, &schema, &buffers).map(|batch| (batch, piece));
+            async move { pool.run(make).await? }.boxed()
+        })
         .collect();
     let mut pieces = stream::iter(pieces).buffered(AHEAD);
     let mut all = handed::Rows {
@@ -72,17 +79,6 @@ async fn hashed(rows: &[Row], sizes: &[usize], pool: &DecodePool) -> Result<Vec<
         hashes.extend(some?);
     }
     Ok(hashes)
-}
-
-/// Makes the record batch of a piece where megabytes may be copied. `hashes` are those of all rows.
-async fn made(
-    piece: Piece,
-    hashes: Arc<Vec<u8>>,
-    schema: SchemaRef,
-    pool: &DecodePool,
-) -> Result<(RecordBatch, Piece)> {
-    let make = move || batch(&piece, &hashes, &schema).map(|batch| (batch, piece));
-    pool.run(make).await?
 }
 
 /// Divides rows by the batches in which they lie. A batch without views is shared if the wanted
@@ -124,8 +120,13 @@ fn pieces(rows: &[Row], sizes: &[usize]) -> Vec<Piece> {
     shared.chain(copied).map(piece).collect()
 }
 
-/// Makes the record batch of a piece.
-fn batch(piece: &Piece, hashes: &[u8], schema: &SchemaRef) -> Result<RecordBatch> {
+/// Makes the record batch of a piece. Megabytes may be copied.
+fn batch(
+    piece: &Piece,
+    hashes: &[u8],
+    schema: &SchemaRef,
+    buffers: &Buffers,
+) -> Result<RecordBatch> {
     let of_place = |place: &usize| &hashes[place * HASH_BYTES..][..HASH_BYTES];
     let hashes: Vec<u8> = piece.places.iter().flat_map(of_place).copied().collect();
     let shared = piece.rows.first().filter(|_| piece.is_shared);
@@ -135,7 +136,7 @@ fn batch(piece: &Piece, hashes: &[u8], schema: &SchemaRef) -> Result<RecordBatch
             let hashes = spread(&hashes, &piece.rows, batch.num_rows());
             (batch, hashes)
         }
-        None => (copy(&piece.rows)?, hashes),
+        None => (copy(&piece.rows, buffers)?, hashes),
     };
     let hashes = FixedSizeBinaryArray::try_new(HASH_BYTES as i32, hashes.into(), None);
     let hashes: ArrayRef = Arc::new(hashes.map_err(encoding)?);

@@ -2,6 +2,7 @@
 use super::answers::Answers;
 use crate::{
     batches::{SENT_BATCH_BYTES_MAX, row_bytes, row_ranges},
+    buffers::Buffers,
     dataset::content_hash,
     error::{Error, Result},
     ipc::Encoder,
@@ -168,7 +169,7 @@ pub(crate) async fn compact(rows: Vec<Row>, pool: &DecodePool) -> Result<Compact
         };
         for range in row_ranges(&sizes(&rows)?, SENT_BATCH_BYTES_MAX) {
             let rows = &rows[range];
-            let copied = copy(rows)?;
+            let copied = copy(rows, &Buffers::new(0))?;
             let mut columns = copied.columns().to_vec();
             let hashes = hashes(rows)?;
             let values = hashes.as_fixed_size_binary();
@@ -226,7 +227,7 @@ fn gather(rows: &[Row]) -> Result<RecordBatch> {
         let slice = first.batch.slice(first.row, rows.len());
         return images::without_views(&slice).map_err(encoding);
     }
-    copy(rows)
+    copy(rows, &Buffers::new(0))
 }
 
 /// Returns rows without their images, which are the first column. Nothing is copied.
@@ -247,7 +248,8 @@ fn without_images(rows: &[Row]) -> Result<Vec<Row>> {
     Ok(without)
 }
 
-pub(crate) fn copy(rows: &[Row]) -> Result<RecordBatch> {
+/// Copies rows into one record batch, their images into a buffer that may be used again.
+pub(crate) fn copy(rows: &[Row], buffers: &Buffers) -> Result<RecordBatch> {
     let mut numbers = HashMap::new();
     let mut batches: Vec<&RecordBatch> = Vec::new();
     let mut places = Vec::with_capacity(rows.len());
@@ -258,20 +260,21 @@ pub(crate) fn copy(rows: &[Row]) -> Result<RecordBatch> {
         });
         places.push((number, row.row));
     }
-    if !batches.iter().any(|batch| images::are_views(batch)) {
+    if !batches.iter().all(|batch| images::are_bytes(batch)) {
         return interleave_record_batch(&batches, &places).map_err(encoding);
     }
-    interleaved(rows, &batches, &places).map_err(encoding)
+    interleaved(rows, &batches, &places, buffers).map_err(encoding)
 }
 
-/// Copies rows of batches of which some have views of images, and some arrays.
+/// Copies rows of batches whose images are views, or arrays of bytes.
 fn interleaved(
     rows: &[Row],
     batches: &[&RecordBatch],
     places: &[(usize, usize)],
+    buffers: &Buffers,
 ) -> Result<RecordBatch, ArrowError> {
     let schema = images::typed(batches[0].schema_ref(), DataType::Binary);
-    let mut columns = vec![images::gathered(rows.iter().map(Row::image))?];
+    let mut columns = vec![images::gathered(rows.iter().map(Row::image), buffers)?];
     for number in 1..schema.fields().len() {
         let parts = batches.iter().map(|batch| batch.column(number).as_ref());
         columns.push(interleave(&parts.collect::<Vec<&dyn Array>>(), places)?);

@@ -1,6 +1,7 @@
 //! Columns of images: the first of a batch. In a block as it was read they may be views of the
 //! file's bytes, which are copied into one array when rows leave the block; and a null may tell why
 //! it is one, which rows that are copied lose.
+use crate::buffers::Buffers;
 use arrow::{
     array::{Array, ArrayRef, AsArray, BinaryArray, RecordBatch},
     buffer::{Buffer, NullBuffer, OffsetBuffer},
@@ -65,6 +66,12 @@ pub(crate) fn are_views(batch: &RecordBatch) -> bool {
     images.is_some_and(|images| *images.data_type() == DataType::BinaryView)
 }
 
+/// Returns whether the images of a batch are bytes, in an array or as views.
+pub(crate) fn are_bytes(batch: &RecordBatch) -> bool {
+    let images = batch.columns().first().map(|images| images.data_type());
+    matches!(images, Some(DataType::Binary | DataType::BinaryView))
+}
+
 /// Returns views of images as one array, of their size; other arrays as they are.
 ///
 /// # Errors
@@ -75,7 +82,7 @@ pub(crate) fn joined(images: &ArrayRef) -> Result<ArrayRef, ArrowError> {
     };
     // Arrow's cast makes room for what lies behind nulls, and panics if one array cannot hold all.
     let image = |row| views.is_valid(row).then(|| views.value(row));
-    gathered((0..views.len()).map(image))
+    gathered((0..views.len()).map(image), &Buffers::new(0))
 }
 
 /// Returns rows without views: their images are copied into one array, if they are views.
@@ -91,24 +98,28 @@ pub(crate) fn without_views(batch: &RecordBatch) -> Result<RecordBatch, ArrowErr
     RecordBatch::try_new(typed(batch.schema_ref(), DataType::Binary), columns)
 }
 
-/// Returns images as one array, of their size.
+/// Returns images as one array, of their size, in a buffer that may be used again.
 ///
 /// # Errors
 /// If one array cannot hold them.
 pub(crate) fn gathered<'a>(
     images: impl Iterator<Item = Option<&'a [u8]>> + Clone,
+    buffers: &Buffers,
 ) -> Result<ArrayRef, ArrowError> {
     let lengths = images.clone().map(|image| image.map_or(0, <[u8]>::len));
     let bytes: usize = lengths.clone().sum();
     check_bytes(bytes as u64)?;
-    let mut values = Vec::with_capacity(bytes);
+    let mut values = buffers.take(bytes);
+    let mut left = values.as_mut();
     for image in images.clone().flatten() {
-        values.extend_from_slice(image);
+        let (place, others) = left.split_at_mut(image.len());
+        place.copy_from_slice(image);
+        left = others;
     }
     let valid: Vec<bool> = images.map(|image| image.is_some()).collect();
     let nulls = valid.contains(&false).then(|| NullBuffer::from(valid));
     let offsets = OffsetBuffer::from_lengths(lengths);
-    let array = BinaryArray::try_new(offsets, Buffer::from_vec(values), nulls)?;
+    let array = BinaryArray::try_new(offsets, Buffer::from(values.into_bytes()), nulls)?;
     Ok(Arc::new(array))
 }
 
@@ -151,8 +162,10 @@ mod tests {
         let plain: ArrayRef = Arc::new(BinaryArray::from_iter(images()));
         assert_eq!(&joined(&views).unwrap(), &plain);
         assert_eq!(&joined(&plain).unwrap(), &plain);
-        assert_eq!(&gathered(images()).unwrap(), &plain);
-        assert!(gathered(images().skip(2)).unwrap().nulls().is_none());
+        let none = Buffers::new(0);
+        assert_eq!(&gathered(images(), &none).unwrap(), &plain);
+        let valid = gathered(images().skip(2), &none).unwrap();
+        assert!(valid.nulls().is_none());
         let numbers: ArrayRef = Arc::new(Int32Array::from(vec![1, 2, 3, 4]));
         let [viewed, whole] = [views, plain].map(|images| {
             let columns = [("image", images), ("n", numbers.clone())];

@@ -9,6 +9,7 @@ use self::{
 };
 use super::cache::Cache;
 use crate::{
+    buffers::Buffers,
     dataset::{
         Format, Manifest, Mask, Shard, ShardFile, SourceManifest, Survey, TarBlock, survey_kept,
     },
@@ -38,6 +39,7 @@ pub struct BlockReader {
     state: Option<Location>,
     images: ImageReads,
     keeps_views: bool,
+    buffers: Buffers,
 }
 
 /// A block in memory, in the order of its rows.
@@ -117,6 +119,16 @@ impl BlockReader {
             state: None,
             images: ImageReads::new(IMAGE_BYTES_MAX, IMAGES_AT_ONCE),
             keeps_views: false,
+            buffers: Buffers::new(0),
+        }
+    }
+
+    /// Reads local files into buffers that are used again.
+    #[must_use]
+    pub(crate) fn reusing(self, buffers: &Buffers) -> Self {
+        Self {
+            buffers: buffers.clone(),
+            ..self
         }
     }
 
@@ -271,7 +283,8 @@ impl BlockReader {
     ) -> Result<ReadBlock> {
         let location = self.shard(source, shard)?;
         let file = ShardFile::new(location, shard.size, shard.etag.clone())
-            .cached_in(self.stores.disk_cache());
+            .cached_in(self.stores.disk_cache())
+            .reusing(&self.buffers);
         let ((batch, paths), range_bytes) = match source.layout.format {
             Format::Parquet => self.row_group(&file, key, wanted).await?,
             Format::Tar => (self.samples(&file, shard, key, wanted).await?, 0),

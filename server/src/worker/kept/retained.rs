@@ -1,7 +1,7 @@
 //! A memory budget for things that can be made again. If it is full, the newest step's things are
 //! dropped first.
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::Bound::{Excluded, Unbounded},
     sync::{Arc, Mutex},
 };
@@ -21,15 +21,28 @@ struct Inner<T> {
 struct State<T> {
     bytes: usize,
     next: u64,
-    /// By (step, number). The order of the keys is the order in which things are dropped, from the
-    /// end.
-    things: BTreeMap<(u64, u64), (usize, T)>,
+    /// The order of the keys is the order in which things are dropped, from the end.
+    things: BTreeMap<Key, Thing<T>>,
+    /// The keys under which one thing is kept, by where it lies.
+    shared: HashMap<usize, BTreeSet<Key>>,
+}
+
+/// Step and number.
+type Key = (u64, u64);
+
+struct Thing<T> {
+    /// What is free once it is dropped. Of a thing that is kept more than once, the first key has
+    /// its bytes, and the others have none.
+    bytes: usize,
+    /// Where it lies, if others may keep it too.
+    place: Option<usize>,
+    thing: T,
 }
 
 /// A handle to a thing, which may have been dropped in the meantime. Dropping the handle frees the
 /// thing.
 pub(crate) struct Kept<T> {
-    key: (u64, u64),
+    key: Key,
     inner: Arc<Inner<T>>,
 }
 
@@ -39,6 +52,7 @@ impl<T: Clone> Retained<T> {
             bytes: 0,
             next: 0,
             things: BTreeMap::new(),
+            shared: HashMap::new(),
         });
         Self(Arc::new(Inner { bytes_max, state }))
     }
@@ -51,7 +65,7 @@ impl<T: Clone> Retained<T> {
             state
                 .things
                 .range((Excluded((step, u64::MAX)), Unbounded))
-                .map(|(_, (bytes, _))| bytes)
+                .map(|(_, thing)| thing.bytes)
                 .sum::<usize>()
         };
         let over = |used: usize| used + bytes > self.0.bytes_max;
@@ -64,25 +78,25 @@ impl<T: Clone> Retained<T> {
         while over(state.bytes) {
             // The last key is of a newer step: the test above has shown that newer steps hold
             // enough.
-            let (_, (dropped, _)) = state.things.pop_last()?;
-            state.bytes -= dropped;
+            let (last, _) = state.things.last_key_value()?;
+            let last = *last;
+            state.remove(last);
         }
         Some(self.add(&mut state, step, bytes, thing))
     }
 
-    /// Keeps a thing that could be kept smaller: as [`Retained::keep`], but only while half of the
-    /// memory stays free, and nothing is dropped for it.
-    pub(crate) fn keep_large(&self, step: u64, bytes: usize, thing: T) -> Option<Kept<T>> {
-        let mut state = self.0.state.lock().expect("no panic while held");
-        let fits = state.bytes.saturating_add(bytes) <= self.0.bytes_max / 2;
-        fits.then(|| self.add(&mut state, step, bytes, thing))
-    }
-
     fn add(&self, state: &mut State<T>, step: u64, bytes: usize, thing: T) -> Kept<T> {
-        let key = (step, state.next);
-        state.next += 1;
+        let key = state.new_key(step);
+        let place = None;
         state.bytes += bytes;
-        state.things.insert(key, (bytes, thing));
+        state.things.insert(
+            key,
+            Thing {
+                bytes,
+                place,
+                thing,
+            },
+        );
         let inner = self.0.clone();
         Kept { key, inner }
     }
@@ -93,21 +107,92 @@ impl<T: Clone> Retained<T> {
     }
 }
 
+impl<T> Retained<Arc<T>> {
+    /// Keeps a thing that could be kept smaller, but only while half of the memory stays free, and
+    /// nothing is dropped for it. If the same thing is kept more than once, its bytes count once.
+    pub(crate) fn keep_shared(
+        &self,
+        step: u64,
+        bytes: usize,
+        thing: Arc<T>,
+    ) -> Option<Kept<Arc<T>>> {
+        let mut state = self.0.state.lock().expect("no panic while held");
+        let place = Arc::as_ptr(&thing) as usize;
+        let is_kept = state.shared.contains_key(&place);
+        let fits = state.bytes.saturating_add(bytes) <= self.0.bytes_max / 2;
+        if !is_kept && !fits {
+            return None;
+        }
+        let key = state.new_key(step);
+        let keys = state.shared.entry(place).or_default();
+        let first = keys.first().copied();
+        keys.insert(key);
+        // The oldest step has the bytes: it is dropped last, and nothing is free before.
+        let bytes = match first.filter(|first| *first < key) {
+            Some(_) => 0,
+            None => first
+                .and_then(|first| state.things.get_mut(&first))
+                .map_or(bytes, |first| std::mem::take(&mut first.bytes)),
+        };
+        if !is_kept {
+            state.bytes += bytes;
+        }
+        let place = Some(place);
+        state.things.insert(
+            key,
+            Thing {
+                bytes,
+                place,
+                thing,
+            },
+        );
+        let inner = self.0.clone();
+        Some(Kept { key, inner })
+    }
+}
+
+impl<T> State<T> {
+    fn new_key(&mut self, step: u64) -> Key {
+        self.next += 1;
+        (step, self.next)
+    }
+
+    /// Drops a thing. Its bytes are free if it is kept under no other key.
+    fn remove(&mut self, key: Key) {
+        // It may be gone already; its bytes were subtracted then and must not be subtracted twice.
+        let Some(Thing { bytes, place, .. }) = self.things.remove(&key) else {
+            return;
+        };
+        let Some(place) = place else {
+            self.bytes -= bytes;
+            return;
+        };
+        let Some(keys) = self.shared.get_mut(&place) else {
+            return;
+        };
+        keys.remove(&key);
+        match keys.first().and_then(|first| self.things.get_mut(first)) {
+            Some(heir) => heir.bytes += bytes,
+            None => {
+                self.bytes -= bytes;
+                self.shared.remove(&place);
+            }
+        }
+    }
+}
+
 impl<T: Clone> Kept<T> {
     /// Returns the thing; `None` if it was dropped for lack of room.
     pub(crate) fn get(&self) -> Option<T> {
         let state = self.inner.state.lock().expect("no panic while held");
-        state.things.get(&self.key).map(|(_, thing)| thing.clone())
+        state.things.get(&self.key).map(|kept| kept.thing.clone())
     }
 }
 
 impl<T> Drop for Kept<T> {
     fn drop(&mut self) {
         let mut state = self.inner.state.lock().expect("no panic while held");
-        // It may be gone already; its bytes were subtracted then and must not be subtracted twice.
-        if let Some((bytes, _)) = state.things.remove(&self.key) {
-            state.bytes -= bytes;
-        }
+        state.remove(self.key);
     }
 }
 
@@ -137,19 +222,40 @@ mod tests {
     }
 
     #[test]
-    fn large_things_leave_half_of_the_room_and_drop_nothing() {
+    fn shared_things_leave_half_of_the_room_and_drop_nothing() {
         let budget = Retained::new(10);
-        let newer = budget.keep(3, 2, 'a').unwrap();
-        let large = budget.keep_large(1, 3, 'b').unwrap();
-        assert!(budget.keep_large(1, 1, 'c').is_none());
-        assert_eq!((newer.get(), large.get()), (Some('a'), Some('b')));
+        let [a, b, c, d] = ['a', 'b', 'c', 'd'].map(Arc::new);
+        let newer = budget.keep(3, 2, a.clone()).unwrap();
+        let shared = budget.keep_shared(1, 3, b.clone()).unwrap();
+        assert!(budget.keep_shared(1, 1, c).is_none());
+        assert_eq!((newer.get(), shared.get()), (Some(a), Some(b)));
         // They make room for older steps as others do.
-        let old = budget.keep(0, 8, 'd').unwrap();
+        let old = budget.keep(0, 8, d.clone()).unwrap();
         assert_eq!(
-            (newer.get(), large.get(), old.get()),
-            (None, None, Some('d'))
+            (newer.get(), shared.get(), old.get()),
+            (None, None, Some(d))
         );
-        drop((newer, large, old));
+        drop((newer, shared, old));
         assert_eq!(budget.bytes(), 0);
+    }
+
+    #[test]
+    fn what_several_steps_share_counts_once() {
+        let budget = Retained::new(10);
+        let block = Arc::new('a');
+        let keep = |step| budget.keep_shared(step, 5, block.clone()).unwrap();
+        let (middle, new, old) = (keep(2), keep(3), keep(1));
+        assert_eq!(budget.bytes(), 5);
+        // To drop it of newer steps would free nothing, so room for 6 is not made.
+        assert!(budget.keep(1, 6, Arc::new('b')).is_none());
+        assert_eq!(new.get(), Some(block.clone()));
+        drop(old);
+        assert_eq!(budget.bytes(), 5);
+        // Now it is of newer steps alone.
+        let other = budget.keep(1, 6, Arc::new('b')).unwrap();
+        assert_eq!((middle.get(), new.get(), budget.bytes()), (None, None, 6));
+        drop((middle, new, other));
+        assert_eq!(budget.bytes(), 0);
+        assert!(budget.0.state.lock().unwrap().shared.is_empty());
     }
 }

@@ -70,7 +70,7 @@ fn a_batch_is_shared_if_most_of_it_is_wanted() {
     };
     let hashes = content_hashes(&rows).unwrap();
     for piece in pieces(&rows, &sizes) {
-        let batch = batch(&piece, &hashes, &schema).unwrap();
+        let batch = batch(&piece, &hashes, &schema, &Buffers::new(0)).unwrap();
         add(&mut all, batch, &piece);
     }
     let memory = |batch: &RecordBatch| batch["image"].as_binary::<i32>().values().as_ptr();
@@ -107,7 +107,8 @@ fn few_rows_of_many_batches_are_copied_together() {
     };
     assert!(!piece.is_shared && piece.places.iter().copied().eq(0..8));
     let hashes = content_hashes(&rows).unwrap();
-    let made = batch(piece, &hashes, &hashed_schema(&batches[0].schema())).unwrap();
+    let schema = hashed_schema(&batches[0].schema());
+    let made = batch(piece, &hashes, &schema, &Buffers::new(0)).unwrap();
     let found = made[CONTENT_HASH].as_fixed_size_binary();
     assert_eq!(found.value(0), content_hash(&image(57), "caption 57"));
     let captions = made["caption"].as_string::<i32>().iter().flatten();
@@ -141,7 +142,7 @@ fn views_are_copied_together_with_rows_of_other_batches() {
     };
     let hashes = content_hashes(&rows).unwrap();
     let schema = hashed_schema(&plain.schema());
-    let made = batch(piece, &hashes, &schema).unwrap();
+    let made = batch(piece, &hashes, &schema, &Buffers::new(0)).unwrap();
     assert_eq!(made.schema(), schema);
     let (images, texts) = (
         made["image"].as_binary::<i32>(),
