@@ -12,6 +12,8 @@ const LEAST_BYTES: usize = 1 << 20;
 /// New buffers have up to a sixteenth more than is asked for, so that one that is needed next for
 /// nearly as much can be used again.
 const ROUNDING: usize = 16;
+/// At most this part of what is asked for may lie unused beside it: budgets count what is used.
+const UNUSED: usize = 8;
 
 /// Buffers that were dropped and wait to be used again, within a number of bytes. Clones share
 /// them.
@@ -75,8 +77,7 @@ impl Buffers {
         }
         let mut free = self.0.free.lock().expect("no panic while held");
         let sizes = free.buffers.iter().map(Vec::len).enumerate();
-        // Budgets count what is used of a buffer, so not much of it may lie unused.
-        let fits = |(_, size): &(usize, usize)| (length..=length + length / 2).contains(size);
+        let fits = |(_, size): &(usize, usize)| (length..=length + length / UNUSED).contains(size);
         let (smallest, _) = sizes.filter(fits).min_by_key(|(_, size)| *size)?;
         let memory = free.buffers.remove(smallest)?;
         free.bytes -= memory.len();
@@ -151,9 +152,10 @@ mod tests {
         assert_eq!(buffers.bytes(), 8 * MIB);
         assert_ne!(address(&buffers.take(9 * MIB)), place, "it is too small");
         assert_ne!(address(&buffers.take(MIB)), place, "it is too large");
-        let mut again = buffers.take(7 * MIB);
+        let length = 15 * MIB / 2;
+        let mut again = buffers.take(length);
         again.as_mut().fill(1);
-        assert_eq!((address(&again), again.as_ref().len()), (place, 7 * MIB));
+        assert_eq!((address(&again), again.as_ref().len()), (place, length));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use parquet::arrow::{
     ProjectionMask,
     arrow_reader::{
         ArrowReaderMetadata, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
-        RowSelection,
+        RowSelection, RowSelectionPolicy,
     },
 };
 use std::ops::Range;
@@ -77,7 +77,10 @@ pub(super) async fn read_selected<T: Send + 'static>(
                     .with_projection(mask.clone())
                     .with_batch_size(BATCH_ROWS);
             if let Some(rows) = selection {
-                builder = builder.with_row_selection(rows.clone());
+                // By a mask the reader would decode pages between those that were read.
+                builder = builder
+                    .with_row_selection(rows.clone())
+                    .with_row_selection_policy(RowSelectionPolicy::Selectors);
             }
             look(n, &mut builder.build()?)
         };

@@ -19,7 +19,7 @@ use parquet::{
     basic::Type,
     errors::ParquetError,
     file::{
-        metadata::{ColumnChunkMetaData, page_index::PageIndexBuilder},
+        metadata::{RowGroupMetaData, page_index::PageIndexBuilder},
         page_index::{
             column_index::ColumnIndexMetaData,
             index_reader::{decode_column_index, decode_offset_index},
@@ -59,16 +59,20 @@ pub(super) async fn with_indexes(
     let (mut chunks, mut column_bytes) = (Vec::new(), 0_u64);
     for group in groups {
         for leaf in columns::leaves(footer, names) {
-            let column = footer.metadata().row_group(*group).column(leaf);
-            let range = file.column(column)?;
-            column_bytes = column_bytes.saturating_add(length(&range));
-            chunks.extend(Chunk::of(file, column, range).map(|chunk| (*group, leaf, chunk)));
+            let rows = footer.metadata().row_group(*group);
+            let chunk = Chunk::of(file, rows, leaf)?;
+            column_bytes = column_bytes.saturating_add(length(&chunk.column));
+            if !chunk.values.is_empty() && !chunk.places.is_empty() {
+                chunks.push((*group, leaf, chunk));
+            }
         }
     }
     let both = |(.., chunk): &(_, _, Chunk)| [chunk.values.clone(), chunk.places.clone()];
     let ranges: Vec<Range<u64>> = chunks.iter().flat_map(both).collect();
-    let index_bytes: u64 = ranges.iter().map(length).sum();
-    if chunks.is_empty() || column_bytes <= GAP_BYTES.saturating_add(index_bytes) {
+    let index_bytes = ranges.iter().map(length).fold(0, u64::saturating_add);
+    // Ranges that overlap would be decoded as often as they are named.
+    let overlap = index_bytes > file.size();
+    if chunks.is_empty() || overlap || column_bytes <= GAP_BYTES.saturating_add(index_bytes) {
         return Ok(footer.clone());
     }
     let bytes = file.ranges(&ranges).await?;
@@ -84,28 +88,30 @@ fn length(range: &Range<u64>) -> u64 {
 }
 
 /// Where a column of a row group lies, and its index: the statistics of its pages, and their
-/// places.
+/// places. Both are empty if the file has none.
 struct Chunk {
     column: Range<u64>,
     values: Range<u64>,
     places: Range<u64>,
     kind: Type,
+    rows: i64,
 }
 
 impl Chunk {
-    /// Returns `None` if the file has no index of the column.
-    fn of(file: &ShardFile, about: &ColumnChunkMetaData, column: Range<u64>) -> Option<Self> {
+    fn of(file: &ShardFile, group: &RowGroupMetaData, leaf: usize) -> Result<Self> {
+        let about = group.column(leaf);
         // The reader adds the numbers of a footer without a look at them.
         let ranges = caught(ParquetError::General, || {
-            Ok::<_, ParquetError>((about.column_index_range(), about.offset_index_range()))
+            Ok::<_, ParquetError>([about.column_index_range(), about.offset_index_range()])
         });
-        let (values, places) = ranges.ok()?;
-        let lies_in_file = |range: &Range<u64>| !range.is_empty() && range.end <= file.size();
-        Some(Self {
-            column,
-            values: values.filter(lies_in_file)?,
-            places: places.filter(lies_in_file)?,
+        let lies_in_file = |range: &Range<u64>| range.end <= file.size();
+        let [values, places] = ranges.unwrap_or_default();
+        Ok(Self {
+            column: file.column(about)?,
+            values: values.filter(lies_in_file).unwrap_or_default(),
+            places: places.filter(lies_in_file).unwrap_or_default(),
             kind: about.column_type(),
+            rows: group.num_rows(),
         })
     }
 
@@ -115,7 +121,23 @@ impl Chunk {
     ) -> Result<(ColumnIndexMetaData, OffsetIndexMetaData), ParquetError> {
         let part = |range: &Range<u64>| bytes.get_bytes(range.start, length(range) as usize);
         let values = decode_column_index(&part(&self.values)?, self.kind)?;
-        let places = decode_offset_index(&part(&self.places)?)?;
+        let places = part(&self.places)?;
+        if announces_too_much(&places) {
+            return Err(ParquetError::General(
+                "it has fewer pages than it says".to_owned(),
+            ));
+        }
+        let places = decode_offset_index(&places)?;
+        if self.holds(places.page_locations()) {
+            return Ok((values, places));
+        }
+        Err(ParquetError::General(
+            "its pages cannot be those of the column".to_owned(),
+        ))
+    }
+
+    /// Returns whether pages lie within the column, and divide its rows.
+    fn holds(&self, pages: &[PageLocation]) -> bool {
         let lies_within = |page: &PageLocation| {
             let start = u64::try_from(page.offset).ok();
             let bytes = u64::try_from(page.compressed_page_size).ok();
@@ -125,13 +147,33 @@ impl Chunk {
             start.is_some_and(|start| start >= self.column.start)
                 && end.is_some_and(|end| end <= self.column.end)
         };
-        if places.page_locations().iter().all(lies_within) {
-            return Ok((values, places));
-        }
-        Err(ParquetError::General(
-            "a page lies outside its column".to_owned(),
-        ))
+        let first = |page: &PageLocation| page.first_row_index;
+        pages.iter().all(lies_within)
+            && pages.first().map(first) == Some(0)
+            && pages.is_sorted_by(|a, b| first(a) < first(b))
+            && pages.last().is_some_and(|last| first(last) < self.rows)
     }
+}
+
+/// Returns whether an index of places says that it has more pages than bytes. The reader makes room
+/// for them before it reads one, and if there is no such room the process ends.
+fn announces_too_much(index: &[u8]) -> bool {
+    // The header of a field, then that of its list: four bits of it are the count, or all are set
+    // and the count follows, seven bits a byte.
+    let [_, list, count @ ..] = index else {
+        return false;
+    };
+    if list >> 4 != 15 {
+        return false;
+    }
+    let mut pages = 0;
+    for (n, byte) in count.iter().take(5).enumerate() {
+        pages |= u64::from(byte & 0x7f) << (7 * n);
+        if byte & 0x80 == 0 {
+            break;
+        }
+    }
+    pages > index.len() as u64
 }
 
 /// Returns the footer with those of the indexes that can be decoded.
@@ -157,7 +199,7 @@ fn attached(
     caught(ParquetError::General, read).ok()
 }
 
-/// Returns what the pages of a column say; `None` without an index that can be trusted. `rows` are
+/// Returns what the pages of a column say; `None` without an index. `rows` are
 /// those of the group.
 pub(super) fn pages(
     footer: &ArrowReaderMetadata,
@@ -173,10 +215,6 @@ pub(super) fn pages(
         .iter()
         .map(|page| u32::try_from(page.first_row_index).ok());
     let starts: Vec<u32> = starts.collect::<Option<_>>()?;
-    let is_rising = starts.is_sorted_by(|a, b| a < b) && starts.last().is_some_and(|l| *l < rows);
-    if starts.first() != Some(&0) || !is_rising {
-        return None;
-    }
     let side = |array: ArrayRef| values(&array);
     let found = caught(ArrowError::ParquetError, || {
         let nulls = converter.data_page_null_counts(index, &[group])?;

@@ -75,14 +75,19 @@ impl<T: Clone> Retained<T> {
         if over(state.bytes) && over(state.bytes - newer()) {
             return None;
         }
+        let mut dropped = Vec::new();
         while over(state.bytes) {
             // The last key is of a newer step: the test above has shown that newer steps hold
             // enough.
             let (last, _) = state.things.last_key_value()?;
             let last = *last;
-            state.remove(last);
+            dropped.push(state.remove(last));
         }
-        Some(self.add(&mut state, step, bytes, thing))
+        let kept = self.add(&mut state, step, bytes, thing);
+        // To free a block takes long, and others wait for the lock.
+        drop(state);
+        drop(dropped);
+        Some(kept)
     }
 
     fn add(&self, state: &mut State<T>, step: u64, bytes: usize, thing: T) -> Kept<T> {
@@ -157,19 +162,19 @@ impl<T> State<T> {
         (step, self.next)
     }
 
-    /// Drops a thing. Its bytes are free if it is kept under no other key.
-    fn remove(&mut self, key: Key) {
+    /// Returns a thing that is kept no longer. Its bytes are free if it is kept under no other key.
+    fn remove(&mut self, key: Key) -> Option<T> {
         // It may be gone already; its bytes were subtracted then and must not be subtracted twice.
-        let Some(Thing { bytes, place, .. }) = self.things.remove(&key) else {
-            return;
-        };
+        let Thing {
+            bytes,
+            place,
+            thing,
+        } = self.things.remove(&key)?;
         let Some(place) = place else {
             self.bytes -= bytes;
-            return;
+            return Some(thing);
         };
-        let Some(keys) = self.shared.get_mut(&place) else {
-            return;
-        };
+        let keys = self.shared.get_mut(&place)?;
         keys.remove(&key);
         match keys.first().and_then(|first| self.things.get_mut(first)) {
             Some(heir) => heir.bytes += bytes,
@@ -178,6 +183,7 @@ impl<T> State<T> {
                 self.shared.remove(&place);
             }
         }
+        Some(thing)
     }
 }
 
@@ -192,7 +198,9 @@ impl<T: Clone> Kept<T> {
 impl<T> Drop for Kept<T> {
     fn drop(&mut self) {
         let mut state = self.inner.state.lock().expect("no panic while held");
-        state.remove(self.key);
+        let dropped = state.remove(self.key);
+        drop(state);
+        drop(dropped);
     }
 }
 

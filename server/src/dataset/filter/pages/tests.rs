@@ -94,8 +94,8 @@ fn nulls_of_a_part_of_a_page_are_known_if_all_or_none_are() {
     assert_eq!(pages.of(5, 1).high, Some(Literal::Int(3)));
 }
 
-/// One row group: ids that rise, and scores of 0 to 99 by turns, in pages of 1,000 rows.
-fn file() -> (Vec<u8>, ParquetMetaData) {
+/// One row group: ids, and scores of 0 to 99 by turns, in pages of `page_rows`.
+fn file(page_rows: i64, id: impl Fn(i64) -> i64) -> (Vec<u8>, ParquetMetaData) {
     let rows = 0..ROWS;
     let columns: Vec<(&str, ArrayRef)> = vec![
         (
@@ -106,7 +106,10 @@ fn file() -> (Vec<u8>, ParquetMetaData) {
             "caption",
             Arc::new(StringArray::from_iter_values(rows.clone().map(|_| "c"))),
         ),
-        ("id", Arc::new(Int64Array::from_iter_values(rows.clone()))),
+        (
+            "id",
+            Arc::new(Int64Array::from_iter_values(rows.clone().map(id))),
+        ),
         (
             "score",
             Arc::new(Float32Array::from_iter_values(
@@ -118,8 +121,8 @@ fn file() -> (Vec<u8>, ParquetMetaData) {
     let properties = WriterProperties::builder()
         .set_max_row_group_row_count(Some(ROWS as usize))
         .set_dictionary_enabled(false)
-        .set_write_batch_size(PAGE_ROWS as usize)
-        .set_data_page_row_count_limit(PAGE_ROWS as usize)
+        .set_write_batch_size(page_rows as usize)
+        .set_data_page_row_count_limit(page_rows as usize)
         .build();
     let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties)).unwrap();
     writer.write(&batch).unwrap();
@@ -131,18 +134,19 @@ fn file() -> (Vec<u8>, ParquetMetaData) {
     (bytes, footer)
 }
 
-/// Damages the pages of a column that hold rows of a range alone.
-fn damage(bytes: &mut [u8], footer: &ParquetMetaData, column: usize, rows: Range<i64>) {
+/// Damages the pages of a column whose first row is so.
+fn damage(
+    bytes: &mut [u8],
+    footer: &ParquetMetaData,
+    column: usize,
+    is_damaged: impl Fn(i64) -> bool,
+) {
     let pages = footer
         .page_index()
         .unwrap()
         .page_locations(0, column)
         .unwrap();
-    assert_eq!(pages.len() as i64, ROWS / PAGE_ROWS);
-    for page in pages
-        .iter()
-        .filter(|page| rows.contains(&page.first_row_index))
-    {
+    for page in pages.iter().filter(|page| is_damaged(page.first_row_index)) {
         let (start, length) = (page.offset as usize, page.compressed_page_size as usize);
         bytes[start..start + length].fill(0xff);
     }
@@ -165,7 +169,7 @@ fn kept(manifest: &Manifest) -> Vec<u64> {
 
 #[tokio::test]
 async fn pages_that_statistics_decide_are_not_read() {
-    let (whole, footer) = file();
+    let (whole, footer) = file(PAGE_ROWS, |row| row);
     let after = 100_500..ROWS as u64;
     let low = after.clone().filter(|n| n % 100 < 50).collect();
     let ends = (0..1_000).chain(199_000..ROWS as u64).collect();
@@ -181,8 +185,7 @@ async fn pages_that_statistics_decide_are_not_read() {
     ] {
         let mut bytes = whole.clone();
         for column in [ID, SCORE] {
-            damage(&mut bytes, &footer, column, 0..read.start);
-            damage(&mut bytes, &footer, column, read.end..ROWS);
+            damage(&mut bytes, &footer, column, |row| !read.contains(&row));
         }
         let manifest = indexed(bytes, predicate).await.unwrap();
         assert_eq!(kept(&manifest), expected, "{predicate}");
@@ -191,7 +194,7 @@ async fn pages_that_statistics_decide_are_not_read() {
     }
     // A page that is needed is read.
     let mut bytes = whole;
-    damage(&mut bytes, &footer, ID, 100_000..101_000);
+    damage(&mut bytes, &footer, ID, |row| row == 100_000);
     let error = indexed(bytes, "id >= 100500").await.unwrap_err();
     assert!(
         error
@@ -201,16 +204,68 @@ async fn pages_that_statistics_decide_are_not_read() {
     );
 }
 
+/// Every second page is decided, and has fewer rows than the reader would skip one by one.
+#[tokio::test]
+async fn small_pages_between_others_are_not_decoded() {
+    let (mut bytes, footer) = file(10, |row| if row / 10 % 2 == 0 { row % 10 } else { 0 });
+    damage(&mut bytes, &footer, ID, |row| row / 10 % 2 == 1);
+    let manifest = indexed(bytes, "id > 4").await.unwrap();
+    let expected = (0..ROWS as u64).filter(|row| row / 10 % 2 == 0 && row % 10 > 4);
+    assert!(kept(&manifest).into_iter().eq(expected));
+}
+
+#[test]
+fn pages_that_cannot_be_are_refused_before_they_are_used() {
+    let chunk = Chunk {
+        column: 100..200,
+        values: 0..0,
+        places: 0..0,
+        kind: Type::INT64,
+        rows: 30,
+    };
+    let page = |offset, compressed_page_size, first_row_index| PageLocation {
+        offset,
+        compressed_page_size,
+        first_row_index,
+    };
+    assert!(chunk.holds(&[page(100, 50, 0), page(150, 50, 29)]));
+    for bad in [
+        &[][..],
+        &[page(99, 50, 0)],
+        &[page(100, 101, 0)],
+        &[page(100, -1, 0)],
+        &[page(i64::MAX, i32::MAX, 0)],
+        &[page(100, 50, 1)],
+        &[page(100, 50, 0), page(150, 50, 0)],
+        &[page(100, 50, 0), page(150, 50, 30)],
+    ] {
+        assert!(!chunk.holds(bad), "{bad:?}");
+    }
+    // A list of 2,147,483,647 pages, in a few bytes; and one of two, and of sixteen.
+    assert!(announces_too_much(&[
+        0x19, 0xfc, 0xff, 0xff, 0xff, 0xff, 0x07, 0, 0, 0
+    ]));
+    assert!(!announces_too_much(&[0x19, 0x2c, 0x16, 0, 0]));
+    assert!(!announces_too_much(
+        &[&[0x19, 0xfc, 0x10][..], &[0; 64]].concat()
+    ));
+}
+
 #[tokio::test]
 async fn a_damaged_index_is_as_none() {
-    let (whole, footer) = file();
+    let (whole, footer) = file(PAGE_ROWS, |row| row);
     let id = footer.row_group(0).column(ID);
     let expected: Vec<u64> = (100_500..ROWS as u64).collect();
     for range in [id.column_index_range(), id.offset_index_range()] {
         let range = range.unwrap();
-        for value in [0, 0x7f, 0xff] {
+        let begin = range.start as usize;
+        for value in [0, 0x7f, 0xff, 0x19] {
             let mut bytes = whole.clone();
-            bytes[range.start as usize..range.end as usize].fill(value);
+            bytes[begin..range.end as usize].fill(value);
+            // A list that is longer than any memory.
+            if value == 0x19 {
+                bytes[begin + 1..begin + 7].copy_from_slice(&[0xfc, 0xff, 0xff, 0xff, 0xff, 7]);
+            }
             let manifest = indexed(bytes, "id >= 100500").await.unwrap();
             assert_eq!(kept(&manifest), expected);
         }
