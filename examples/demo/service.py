@@ -98,7 +98,7 @@ def run_spec(arm: Arm) -> superbatch.RunSpec:
         phases=[
             superbatch.Phase(
                 policy=arm.selection.policy,
-                super_batch_size=settings.super_batch_size,
+                super_batch_size=arm.selection.widened * settings.super_batch_size,
                 sub_batch_size=settings.sub_batch_size,
                 n_chunks=settings.n_chunks,
                 tuning=tuning,

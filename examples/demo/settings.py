@@ -25,6 +25,9 @@ class Selection:
     # The share of the pool, of the best CLIPScores by the reference, that candidates are left out
     # below; None: none are.
     best: float | None = None
+    # How many times as many candidates as the other arms' a step looks at: what a filter leaves of
+    # them has to be a batch.
+    widened: int = 1
 
     @property
     def looks_at_weights(self) -> bool:
@@ -44,7 +47,7 @@ ARMS = {
     for arm in (
         Selection("uniform", "uniform", "#7a7a7a"),
         # The honest control: what the reference knows, used once and for all.
-        Selection("filtered", "uniform", "#8a5fbf", best=0.3),
+        Selection("filtered", "uniform", "#8a5fbf", best=0.3, widened=2),
         Selection("joint", "joint", "#1668b8"),
         Selection("flexi", "joint", "#2f9e44", low_side=LOW_SIDE),
         Selection("independent", "independent", "#d98300"),

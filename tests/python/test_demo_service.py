@@ -111,7 +111,7 @@ def test_a_filter_takes_the_best_by_the_reference_at_random(inputs, tmp_path):
     by_id = dict(zip(pool.rows, scores.tolist(), strict=True))
     # The service's own numbers, up to its rounding of embeddings.
     assert min(by_id[row] for step in result.chosen for row in step) > best - 0.01
-    assert result.points[-1].scanned == STEPS * SETTINGS.super_batch_size
+    assert result.points[-1].scanned == STEPS * 2 * SETTINGS.super_batch_size
     assert all(receipt.summary.policy == "uniform" for receipt in receipts)
     # The reference is asked once for each row, and on the arm's bill; the learner never.
     assert known.accounts.reference_flops > 0 == known.accounts.learner_flops
