@@ -56,14 +56,15 @@ pub(super) async fn with_indexes(
     groups: &[usize],
     names: &[&str],
 ) -> Result<ArrowReaderMetadata> {
+    let leaves = columns::leaves(footer, names);
     let (mut chunks, mut column_bytes) = (Vec::new(), 0_u64);
     for group in groups {
-        for leaf in columns::leaves(footer, names) {
-            let rows = footer.metadata().row_group(*group);
-            let chunk = Chunk::of(file, rows, leaf)?;
+        let rows = footer.metadata().row_group(*group);
+        for leaf in &leaves {
+            let chunk = Chunk::of(file, rows, *leaf)?;
             column_bytes = column_bytes.saturating_add(length(&chunk.column));
             if !chunk.values.is_empty() && !chunk.places.is_empty() {
-                chunks.push((*group, leaf, chunk));
+                chunks.push((*group, *leaf, chunk));
             }
         }
     }

@@ -83,18 +83,11 @@ impl<T: Clone> Retained<T> {
             let last = *last;
             dropped.push(state.remove(last));
         }
-        let kept = self.add(&mut state, step, bytes, thing);
-        // To free a block takes long, and others wait for the lock.
-        drop(state);
-        drop(dropped);
-        Some(kept)
-    }
-
-    fn add(&self, state: &mut State<T>, step: u64, bytes: usize, thing: T) -> Kept<T> {
         let key = state.new_key(step);
-        let place = None;
         state.bytes += bytes;
-        state.things.insert(
+        let place = None;
+        let kept = self.add(
+            &mut state,
             key,
             Thing {
                 bytes,
@@ -102,8 +95,10 @@ impl<T: Clone> Retained<T> {
                 thing,
             },
         );
-        let inner = self.0.clone();
-        Kept { key, inner }
+        // To free a block takes long, and others wait for the lock.
+        drop(state);
+        drop(dropped);
+        Some(kept)
     }
 
     /// Returns the bytes that are kept now.
@@ -143,16 +138,23 @@ impl<T> Retained<Arc<T>> {
             state.bytes += bytes;
         }
         let place = Some(place);
-        state.things.insert(
+        Some(self.add(
+            &mut state,
             key,
             Thing {
                 bytes,
                 place,
                 thing,
             },
-        );
+        ))
+    }
+}
+
+impl<T> Retained<T> {
+    fn add(&self, state: &mut State<T>, key: Key, thing: Thing<T>) -> Kept<T> {
+        state.things.insert(key, thing);
         let inner = self.0.clone();
-        Some(Kept { key, inner })
+        Kept { key, inner }
     }
 }
 
